@@ -1,0 +1,1 @@
+"""What things cost on a cluster, in seconds and bytes: pure functions of numbers, no graph, no jax."""

@@ -1,0 +1,1 @@
+"""Rules by primitive family; importing this package registers them all."""
