@@ -6,6 +6,12 @@
 over one choice x_n for every node n. This is the problem of Google's IOPDDL contest (Moffitt and
 Fegade, ASPLOS/EuroSys 2025). Costs are whole numbers (picoseconds where autoshard makes the
 problem), usages are bytes; a pair that may not be chosen together costs INFINITY.
+
+>>> a = Node(np.array([1.0, 5.0]), (Use(0, 2, np.array([8.0, 4.0])),), "a")
+>>> b = Node(np.array([2.0, 3.0]), (Use(1, 3, np.array([8.0, 2.0])),), "b")
+>>> small = Problem("small", (a, b), (Edge(0, 1, np.array([[0.0, 9.0], [1.0, 0.0]])),), limit=12)
+>>> small.cost((1, 0)), small.memory((1, 0)).tolist(), small.feasible((1, 0))
+(8.0, [4.0, 12.0, 8.0], True)
 """
 
 from __future__ import annotations
@@ -18,6 +24,10 @@ import numpy.typing as npt
 
 Costs = npt.NDArray[np.float64]
 INFINITY = 1e18
+
+
+class ProblemError(ValueError):
+    """A problem that says nothing: an edge to a missing node, a matrix of the wrong shape, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +94,34 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Solution:
-    """One choice per node. bound: no choice costs less. status: optimal, feasible or infeasible.
+class Shortage:
+    """Why nothing fits: at one time step even the smallest choices together are too large.
 
-    work: deterministic units of effort spent, for reports.
+    needed: bytes in use at `time` when every node takes its smallest choice. nodes: the nodes
+    alive then, the largest first; smallest: the bytes of each.
+    """
+
+    time: int
+    needed: float
+    limit: float
+    nodes: tuple[int, ...]
+    smallest: tuple[float, ...]
+
+    @property
+    def short(self) -> float:
+        """Bytes that are missing."""
+        return self.needed - self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """One choice per node. bound: no choice costs less.
+
+    status: "optimal" (cost equals bound), "feasible", "infeasible" (proven: choice is empty and
+    cost infinite) or "unknown" (nothing feasible found within the budget, nothing proven).
+    work: deterministic units of effort spent, for reports. shortage: of an infeasible problem,
+    where memory falls short, when that is the reason. stopped: what ended the search, "proven",
+    "good" (gap small enough), "work", "time" or "interrupt".
     """
 
     choice: tuple[int, ...]
@@ -96,8 +130,47 @@ class Solution:
     peak: float
     status: str
     work: float = 0.0
+    shortage: Shortage | None = None
+    stopped: str = "proven"
 
     @property
     def gap(self) -> float:
         """Proven distance from optimal, relative to the cost (0 when optimal)."""
         return 0.0 if self.cost <= self.bound else (self.cost - self.bound) / max(abs(self.cost), 1e-30)
+
+
+def check(problem: Problem) -> None:
+    """Raise ProblemError with one sentence when the problem is malformed."""
+    for i, node in enumerate(problem.nodes):
+        _check_node(f"node {i}" + (f" ({node.label})" if node.label else ""), node)
+    seen: set[int] = set()
+    for i, edge in enumerate(problem.edges):
+        for end in (edge.u, edge.v):
+            if not 0 <= end < len(problem.nodes):
+                raise ProblemError(f"edge {i} ends at node {end}, but there are {len(problem.nodes)} nodes")
+        want = (len(problem.nodes[edge.u].costs), len(problem.nodes[edge.v].costs))
+        if edge.costs.shape != want:
+            raise ProblemError(
+                f"edge {i} between nodes {edge.u} and {edge.v} has a {edge.costs.shape} matrix;"
+                f" their choices ask for {want}"
+            )
+        if id(edge.costs) not in seen and np.isnan(edge.costs).any():
+            raise ProblemError(f"edge {i} between nodes {edge.u} and {edge.v} has a cost that is not a number")
+        seen.add(id(edge.costs))
+    if problem.limit is not None and not problem.limit >= 0:
+        raise ProblemError(f"the memory limit is {problem.limit}; give a number of bytes, or None")
+
+
+def _check_node(name: str, node: Node) -> None:
+    """Raise ProblemError when one node is malformed."""
+    if node.costs.ndim != 1 or not node.costs.size:
+        raise ProblemError(f"{name} has no choices")
+    if np.isnan(node.costs).any():
+        raise ProblemError(f"{name} has a cost that is not a number")
+    for use in node.uses:
+        if use.usages.shape != node.costs.shape:
+            raise ProblemError(f"{name} has {node.costs.size} choices but {use.usages.size} memory usages")
+        if not (use.usages >= 0).all():
+            raise ProblemError(f"{name} has a memory usage that is negative or not a number")
+        if use.begin < 0:
+            raise ProblemError(f"{name} is alive from time {use.begin}; times start at 0")
