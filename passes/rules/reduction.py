@@ -1,0 +1,54 @@
+"""What may a reduction split?  Every dim: a kept one for good, a reduced one leaving partials.
+
+The reduction's `op` says how partial results are put together: add, max, min, mul, and, or, xor
+with the plain collective of that name. `argmax` and `argmin` travel as (value, index) pairs, and
+`custom` stands for the user's own function, which XLA applies to the partial results it gathers.
+"""
+
+from __future__ import annotations
+
+from passes.ir.graph import Signature
+from passes.ir.rule import Rule
+from passes.rules.factors import Factors
+from passes.rules.registry import rule
+
+_OPS = {
+    "argmax": "argmax",
+    "argmin": "argmin",
+    "reduce_and": "and",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_or": "or",
+    "reduce_prod": "mul",
+    "reduce_sum": "add",
+    "reduce_xor": "xor",
+}
+
+
+@rule(*_OPS)
+def reduction(s: Signature) -> Rule:
+    """`i k -> i`, k reduced. Only a sum lets partial sums pass."""
+    op = _OPS[s.name]
+    f = Factors()
+    shape = s.operands[0].shape
+    axes = frozenset(s.params["axes"])
+    dims = [f.reduction(n, op) if d in axes else f.parallel(n) for d, n in enumerate(shape)]
+    kept = [dim for d, dim in enumerate(dims) if d not in axes]
+    linear = ((0,),) if op == "add" else ()
+    return f.rule([dims], [kept], linear=linear, flops=float(s.operands[0].size))
+
+
+@rule("reduce")
+def reduce(s: Signature) -> Rule:
+    """Any number of arrays reduced together by the user's function, each from its start value."""
+    count = len(s.results)
+    axes = frozenset(s.params["dimensions"])
+    f = Factors()
+    shape = s.operands[0].shape
+    dims = [f.reduction(n, "custom") if d in axes else f.parallel(n) for d, n in enumerate(shape)]
+    kept = [dim for d, dim in enumerate(dims) if d not in axes]
+    return f.rule(
+        [dims] * count + [()] * (len(s.operands) - count),
+        [kept] * count,
+        flops=float(s.operands[0].size * count),
+    )
