@@ -1,0 +1,65 @@
+# make demo    set up .venv, plan, train and check the byte-level GPT on 8 virtual CPU devices
+# make test    set up .venv, run the tests
+#
+# Another Python:  make test PYTHON=python3.13 VENV=.venv-3.13
+# Some tests:      make test ARGS="tests/passes -k reshard"
+# The TPU compiler's tests too (no TPU needed):  make test EXTRAS=dev,examples,tpu
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev,examples
+JOBS ?= logical
+ARGS ?=
+
+comma := ,
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# Two processes can not load libtpu at once; loadgroup keeps such tests in one of them.
+PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=loadgroup
+
+.PHONY: demo test lint types format bench wheel-test clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/02_byte_gpt.py
+
+test: $(INSTALLED)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest --no-header -q -s -o python_files="bench_*.py" tests/benchmarks $(ARGS)
+
+# The wheel alone, in a fresh environment, with the checkout out of sight.
+WHEEL_VENV := $(CURDIR)/.venv-wheel
+AWAY := $(WHEEL_VENV)/elsewhere
+
+wheel-test: $(INSTALLED)
+	rm -rf dist $(WHEEL_VENV)
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	wheel=$$(ls dist/*.whl) && $(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check \
+	    "$$wheel[examples]" hypothesis pytest pytest-xdist
+	mkdir $(AWAY) && cp -R tests examples docs README.md pyproject.toml $(AWAY)
+	cd $(AWAY) && env -u PYTHONPATH ../bin/python $(PYTEST) -m "not slow" $(ARGS)
+
+clean:
+	rm -rf .venv .venv-* dist build
+
+# Written anew when pyproject.toml changes; `make test` twice installs once.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	    "autoshard needs Python 3.11 or newer; name one: make PYTHON=python3.13 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV) for $$($(PYTHON) --version): about 1 GB, a minute or two."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@touch $@

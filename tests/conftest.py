@@ -1,0 +1,78 @@
+"""Eight virtual CPU devices for every test, golden print-outs, and the tests that need a compiler.
+
+pytest --update-golden      rewrite tests/golden/*.txt from what the tests print now; read the
+                            diff before committing it
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# jax reads these once, when it first looks for devices. Nothing may have imported it yet.
+assert "jax" not in sys.modules, "jax was imported before tests/conftest.py; no virtual devices"
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu: do not ask the network which TPU this is
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite tests/golden/*.txt instead of comparing",
+    )
+
+
+# First, so that xdist sees the group: two processes can not load libtpu at once.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = importlib.util.find_spec("libtpu") is None
+    for item in items:
+        if item.get_closest_marker("libtpu"):
+            item.add_marker(pytest.mark.xdist_group("libtpu"))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="needs the TPU compiler: autoshard[tpu]"))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)` compares the text with tests/golden/<name>.txt."""
+    update = request.config.getoption("--update-golden")
+
+    def compare(name: str, text: str) -> None:
+        __tracebackhide__ = True
+        file = GOLDEN / f"{name}.txt"
+        text = "".join(line.rstrip() + "\n" for line in text.rstrip().splitlines())
+        before = file.read_text() if file.exists() else None
+        if before == text:
+            return
+        if update:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            return
+        if before is None:
+            pytest.fail(
+                f"no {file.name} in tests/golden; write it with --update-golden", pytrace=False
+            )
+        diff = difflib.unified_diff(
+            before.splitlines(),
+            text.splitlines(),
+            f"golden/{file.name}",
+            "printed now",
+            lineterm="",
+        )
+        how = "If the new text is right: pytest --update-golden, then read the diff."
+        pytest.fail("\n".join([*diff, "", how]), pytrace=False)
+
+    return compare
