@@ -115,7 +115,7 @@ class _Reader:
             first, second = _WORD.findall(rest)
             self.ties.append((first, second))
         elif word == "out":
-            self.outputs.append((self.ids[columns[0]], columns[1] if len(columns) > 1 else ""))
+            self.outputs.append((self.operand(columns[0]), columns[1] if len(columns) > 1 else ""))
         else:
             raise ValueError(f"a line cannot begin with {word!r}")
 
@@ -203,14 +203,12 @@ class _Reader:
 
     def operand(self, word: str) -> int:
         """A value by its printed name, or a literal written in place: `2.0:f32[]`."""
-        if word in self.ids:
-            return self.ids[word]
-        text, colon, type_ = word.rpartition(":")
-        if not colon or word.startswith("`"):
-            raise ValueError(f"{word} is used before it is defined")
-        name = "" if text == "_" else text
-        self.values.append(Value(len(self.values), parse_type(type_), "literal", name))
-        return len(self.values) - 1
+        if word not in self.ids:
+            text, colon, type_ = word.rpartition(":")
+            if not colon or word.startswith("`"):
+                raise ValueError(f"{word} is used before it is defined")
+            self.define(word, parse_type(type_), "literal", text)
+        return self.ids[word]
 
     def graph(self) -> Graph:
         """The graph, once all lines are read."""

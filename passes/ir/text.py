@@ -67,7 +67,7 @@ def value_names(graph: Graph) -> tuple[str, ...]:
         if _keeps_name(v) and often[v.name] == 1:
             out[v.id] = quoted(v.name)
         elif v.id in inline:
-            out[v.id] = f"{v.name or '_'}:{type_text(v.type)}"
+            out[v.id] = f"{v.name}:{type_text(v.type)}"
         else:
             out[v.id] = f"%{made}"
             made += 1
@@ -84,7 +84,7 @@ def _keeps_name(value: Value) -> bool:
 
 
 def _in_print_order(graph: Graph) -> Iterable[Value]:
-    """Arguments, constants and shared literals, then operands and results op by op."""
+    """Arguments, constants and literals of the header, then operands and results op by op."""
     seen: set[int] = set()
     inline = _inline_literals(graph)
     header = [*graph.inputs, *(v.id for v in graph.values if _in_header(v, inline))]
@@ -100,17 +100,14 @@ def _in_header(value: Value, inline: frozenset[int]) -> bool:
 
 
 def _inline_literals(graph: Graph) -> frozenset[int]:
-    """Literals that are written where they are used: by one operation, once."""
-    used = Counter(v for op in graph.ops for v in op.inputs)
-    used.update(v for v in graph.outputs for _ in range(2))
+    """Literals that are written where they are used: `2.0:f32[]` can mean but one value."""
+    used = {v for op in graph.ops for v in op.inputs}.union(graph.outputs)
+    literals = [v for v in graph.values if v.kind == "literal" and v.id in used]
+    often = Counter((v.name, v.type) for v in literals)
     return frozenset(
-        v.id
-        for v in graph.values
-        if v.kind == "literal"
-        and used[v.id] == 1
-        and (not v.name or _SAFE_LITERAL.fullmatch(v.name))
-        and v.name != "_"
-    )
+        v.id for v in literals
+        if _SAFE_LITERAL.fullmatch(v.name) and often[v.name, v.type] == 1
+    )  # fmt: skip
 
 
 _HEAD = {"argument": "arg", "constant": "const", "literal": "lit"}

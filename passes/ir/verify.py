@@ -18,8 +18,8 @@ from passes.ir.graph import Graph, Op
 from passes.ir.rule import Rule
 from passes.ir.text import value_names
 
-ENTER = frozenset({"loop_enter", "scan_slice", "region_enter"})
-LEAVE = frozenset({"loop_next", "scan_stack", "region_exit", "branch_join"})
+LOOPS = frozenset({"scan", "while_cond", "while_body"})
+LOOP_BODY_LINKS = frozenset({"loop_next", "scan_slice", "scan_stack"})
 
 Check = Callable[[Graph], Iterator[str]]
 
@@ -174,30 +174,37 @@ def _kind_offences(rule: Rule) -> Iterator[str]:
 
 
 def links_cross_borders(graph: Graph) -> Iterator[str]:
-    """A result is used in the region that made it; only links carry one over a region's border."""
+    """Only links carry a value into or out of a loop; other regions have no walls."""
     names = value_names(graph)
-    home: dict[int, int] = {}
-    parent = [r.parent for r in graph.regions]
+    loops = _loops(graph)
+    around = [loops[r.parent] for r in graph.regions]
+    # Per argument and result the loop in which it may be used; constants may be used anywhere.
+    home = {v.id: 0 for v in graph.values if v.kind == "argument"}
+    entering: set[int] = set()  # what loop_enter made: for the loops just inside its own
     for op in graph.ops:
-        made_in = {v: home[v] for v in op.inputs if v in home}
-        target = op.region
-        if op.name in LEAVE and all(r == op.region for r in made_in.values()):
-            target = parent[op.region]
-        for v, region in made_in.items():
-            if not _may_read(op, region, parent):
-                yield f"{_place(op)}: {names[v]} of region {region} used in region {op.region}"
-        home.update(dict.fromkeys(op.outputs, target))
+        loop = loops[op.region]
+        for v in op.inputs:
+            here = home.get(v, loop)
+            inside = around[loop] == here and (v in entering or op.name == "scan_slice")
+            if here != loop and not inside:
+                yield f"{_place(op)}: {names[v]} of region {here} is used in region {op.region}"
+        leaves = op.name in ("loop_next", "scan_stack")
+        if op.name in LOOP_BODY_LINKS and not loop:
+            yield f"{_place(op)}: stands in no loop"
+        home.update(dict.fromkeys(op.outputs, around[loop] if leaves else loop))
+        if op.name == "loop_enter":
+            entering.update(op.outputs)
     for v in graph.outputs:
         if home.get(v, 0) != 0:
             yield f"{names[v]} is given back from inside region {home[v]}"
 
 
-def _may_read(op: Op, region: int, parent: list[int]) -> bool:
-    if op.name in ENTER:
-        return op.region != 0 and region == parent[op.region]
-    if op.name in LEAVE:
-        return region == op.region or parent[region] == op.region
-    return region == op.region
+def _loops(graph: Graph) -> list[int]:
+    """Per region the innermost loop it is or lies in; 0 for none."""
+    out: list[int] = []
+    for r in graph.regions:
+        out.append(r.id if r.kind in LOOPS else out[r.parent] if r.id else 0)
+    return out
 
 
 def ties_are_alike(graph: Graph) -> Iterator[str]:

@@ -18,6 +18,7 @@ graph train
   arg    params['w']              f32[12,16,16]                      donated
   arg    x                        f32[8,16]
   const  %0                       i32[4]
+  lit    %10                      f32[2]                             [1., 2.]
   hint   params['w']              [., ., model]                      hints['params/*']  priority=1
   hint   x                        [data+model, ?]                    train.py:3         soft
   tie    %1 %4
@@ -30,12 +31,13 @@ graph train
     }
     %5 = loop_next %4             f32[8,16]      i j -> i j
   }
-  _ = debug_callback %5           -              i j ->              effects
+  _ = debug_callback %5 %10          -              i j, . ->              effects
   %6 %7 = split %5                f32[4,16] i32[4,16]  whole
   %8 = reshape %5                 f32[8,4,4]     b (h d) -> b h d    {h=4 d=4}
   %9 = random_bits                key<fry>/64[]  -> []               from(shardy)
   out    %8                       result
   out    %5                       result['loss']
+  out    1.0:f32[]                one
   note   one sentence, with = in it
 """
 
