@@ -49,7 +49,7 @@ wheel-test: $(INSTALLED)
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	wheel=$$(ls dist/*.whl) && $(WHEEL_VENV)/bin/pip install --quiet --disable-pip-version-check \
 	    "$$wheel[examples]" hypothesis pytest pytest-xdist
-	mkdir $(AWAY) && cp -R tests examples docs README.md pyproject.toml $(AWAY)
+	mkdir $(AWAY) && cp -R tests examples docs *.md LICENSE pyproject.toml $(AWAY)
 	cd $(AWAY) && env -u PYTHONPATH ../bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 clean:
