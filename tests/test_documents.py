@@ -1,7 +1,11 @@
-"""The documents name files, links and commands that exist."""
+"""The documents name files and links that exist, and every file of ours.
+
+pytest tests/test_documents.py --update-golden      renews the list in docs/architecture.md
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,3 +54,39 @@ def test_a_missing_file_would_be_noticed() -> None:
     ]
     assert not exists("passes/no_such_pass.py")
     assert exists("passes/ir/graph.py")
+
+
+def first_line(file: Path) -> str:
+    """The start of a module's docstring: the question it answers."""
+    doc = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")[0]
+    start = " ".join(doc.split())
+    question = re.match(r".*?[?:.](?=\s|$)", start)
+    return question[0].rstrip(":") if question else start
+
+
+def file_list() -> str:
+    """A table for each folder of the three packages."""
+    out = []
+    for package in ("cost_models", "passes", "autoshard"):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        home = Path(spec.origin).parent
+        for folder in sorted({file.parent for file in home.rglob("*.py")}):
+            out += ["", f"### {folder.relative_to(home.parent)}/", "", "| file | |", "|---|---|"]
+            for file in sorted(folder.glob("*.py")):
+                if line := first_line(file):
+                    out.append(f"| `{file.name}` | {line} |")
+    return "\n".join([*out, ""])
+
+
+def test_the_list_of_files_is_complete(request: pytest.FixtureRequest) -> None:
+    document = ROOT / "docs" / "architecture.md"
+    before, begin, rest = document.read_text().partition("<!-- files -->\n")
+    found, end, after = rest.partition("\n<!-- end of files -->")
+    assert begin
+    assert end
+    if request.config.getoption("--update-golden"):
+        document.write_text(f"{before}{begin}{file_list()}{end}{after}")
+    else:
+        assert found == file_list(), "renew it: pytest tests/test_documents.py --update-golden"
