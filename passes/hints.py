@@ -98,7 +98,8 @@ def spec_dims(spec: Iterable[Any], rank: int, *, short: bool, where: str) -> Dim
     if len(entries) != rank:
         raise HintError(
             f"{where}: {_count(len(entries), 'entry', 'entries')} for"
-            f" {_count(rank, 'dim', 'dims')}; give one per dim, or end with ... to leave the others open"
+            f" {_count(rank, 'dim', 'dims')}; give one per dim, or end with ... to leave the"
+            " others open"
         )
     dims = tuple(_entry(entry, where) for entry in entries)
     names = [axis for dim in dims for axis in dim or ()]
