@@ -14,8 +14,7 @@ ARGS ?=
 comma := ,
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-# Two processes can not load libtpu at once; loadgroup keeps such tests in one of them.
-PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=loadgroup
+PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
 .PHONY: demo test lint types format bench wheel-test clean
 

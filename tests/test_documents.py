@@ -74,9 +74,8 @@ def file_list() -> str:
         home = Path(spec.origin).parent
         for folder in sorted({file.parent for file in home.rglob("*.py")}):
             out += ["", f"### {folder.relative_to(home.parent)}/", "", "| file | |", "|---|---|"]
-            for file in sorted(folder.glob("*.py")):
-                if line := first_line(file):
-                    out.append(f"| `{file.name}` | {line} |")
+            files = [file for file in sorted(folder.glob("*.py")) if file.name != "__init__.py"]
+            out += [f"| `{file.name}` | {first_line(file)} |" for file in files]
     return "\n".join([*out, ""])
 
 

@@ -47,3 +47,10 @@ def test_another_text_fails_with_a_diff_and_leaves_the_file(folder: Path) -> Non
     assert done.returncode == 1
     assert "-two\n+2\n" in done.stdout
     assert (folder / "golden" / "small.txt").read_text() == "one\ntwo\n"
+
+
+def test_without_the_tpu_compiler_its_tests_are_skipped_in_one_line(folder: Path) -> None:
+    (folder / "hide.py").write_text("import sys; sys.modules['libtpu'] = None")
+    done = run(folder, "one\ntwo\n", "-p", "hide")
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "needs the TPU compiler: autoshard[tpu]" in done.stdout
