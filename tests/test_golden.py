@@ -29,13 +29,15 @@ def run(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    first = run(tmp_path, "one\ntwo\n")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one golden text in it, written by --update-golden."""
+    home = tmp_path_factory.mktemp("small")
+    first = run(home, "one\ntwo\n")
     assert first.returncode == 1, "a golden text that does not exist yet must fail"
     assert "--update-golden" in first.stdout
-    assert run(tmp_path, "one\ntwo\n", "--update-golden").returncode == 0
-    return tmp_path
+    assert run(home, "one\ntwo\n", "--update-golden").returncode == 0
+    return home
 
 
 def test_the_same_text_passes_but_for_blanks_at_line_ends(folder: Path) -> None:
