@@ -1,0 +1,450 @@
+"""What a user calls: `plan(fn, *args)`, the Plan it gives, and the decorator `parallelize`.
+
+A Plan is data (`passes.ir.plan.Plan`) bound to the function it was made for; without the function
+it still prints and explains, but can not be lowered.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from autoshard.devices import cluster_here
+from autoshard.lower import constrained
+from autoshard.mesh import device_mesh, named_sharding, partition_spec
+from autoshard.state import state_pairs
+from autoshard.trace import Traced, trace
+from cost_models.cluster import Cluster
+from cost_models.cluster import cluster as read_cluster
+from cost_models.units import parse_bytes
+from passes.hints import hints_for, path_of
+from passes.ir import plan as ir
+from passes.ir.mesh import Mesh
+from passes.ir.plan import PlanError
+from passes.normalize import drop_dead
+from passes.search import SOLVERS, Found, Progress, search
+
+Hints = Mapping[str, Any]
+
+
+class Plan:
+    """A parallelization plan, bound to the function it was made for (or not, after `from_json`)."""
+
+    def __init__(
+        self, data: ir.Plan, traced: Traced | None = None, found: Found | None = None
+    ) -> None:
+        self.data = data
+        self._traced = traced
+        self._found = found
+
+    @property
+    def mesh(self) -> Mapping[str, int]:
+        """Axis name to size, in order."""
+        return dict(self.data.mesh)
+
+    @property
+    def cost(self) -> ir.Cost:
+        """Predicted seconds, bytes and FLOP on every device."""
+        return self.data.cost
+
+    @property
+    def ops(self) -> tuple[ir.OpPlan, ...]:
+        """Every operation with its source line, factors, strategy, seconds, bytes, collectives."""
+        return self.data.ops
+
+    @property
+    def alternatives(self) -> tuple[ir.Alternative, ...]:
+        """The meshes and baselines it beat, the best first."""
+        return self.data.alternatives
+
+    @property
+    def in_shardings(self) -> Any:
+        """PartitionSpecs shaped like the arguments: a tuple, or (args, kwargs) if there were any."""
+        args, kwargs = jax.tree.unflatten(
+            self._bound("in_shardings").in_tree,
+            [partition_spec(t.spec) for t in self.data.arguments],
+        )
+        return (args, kwargs) if kwargs else args
+
+    @property
+    def out_shardings(self) -> Any:
+        """PartitionSpecs shaped like the result."""
+        return jax.tree.unflatten(
+            self._bound("out_shardings").out_tree,
+            [partition_spec(t.spec) for t in self.data.results],
+        )
+
+    def explain(self, glob: str) -> str:
+        """Why the values that a path glob names are sharded so, and what other choices would cost."""
+        from autoshard.explain import explain
+
+        return explain(self, glob)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, the same for the same plan."""
+        return self.data.to_json()
+
+    @staticmethod
+    def from_json(text: str, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Plan:
+        """Read a plan; with the function and its arguments, bind it to them.
+
+        Raises PlanError for text that is no plan, and for a function that is not the plan's.
+        """
+        read = Plan(ir.Plan.from_json(text))
+        return read if fn is None else read.bind(fn, *args, **kwargs)
+
+    def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+        """The same plan for this function, which must be the one it was made for (PlanError)."""
+        traced = _traced(fn, args, kwargs, {})
+        signature = ir.signature_of(traced.graph)
+        if ir.fingerprint(signature) != self.data.fingerprint:
+            found = "; ".join(ir.differences(self.data.signature, signature))
+            raise PlanError(
+                f"this plan was made for another function or other shapes than {traced.graph.name}: "
+                f"{found}. Plan again for this one."
+            )
+        return Plan(self.data, traced)
+
+    def lower(self, devices: Sequence[Any] | jax.sharding.Mesh | None = None) -> jax.stages.Lowered:
+        """The program for these devices: real ones, virtual ones, or a compile-only topology's.
+
+        Raises DevicesError when there are too few.
+        """
+        traced = self._bound("lower")
+        mesh = self._device_mesh(devices)
+        jitted = self._jitted(traced, mesh)
+        platform = mesh.devices.flat[0].platform
+        staged = jitted.trace(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced.in_avals))
+        return staged.lower(lowering_platforms=(platform,))
+
+    def compile(self, devices: Sequence[Any] | jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+        """The compiled function: takes and returns what fn does, and places arguments by itself."""
+        traced = self._bound("compile")
+        mesh = self._device_mesh(devices)
+        compiled = self.lower(mesh).compile()
+        shardings = self._in_named(mesh)
+
+        @functools.wraps(Plan.compile)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            flat, tree = jax.tree.flatten((args, kwargs))
+            if tree != traced.in_tree:
+                raise TypeError(
+                    f"the plan is for arguments of the form {traced.in_tree}, not {tree}"
+                )
+            placed = [
+                _place(x, s, a) for x, s, a in zip(flat, shardings, traced.in_avals, strict=True)
+            ]
+            return jax.tree.unflatten(traced.out_tree, compiled(*placed))
+
+        return call
+
+    def place(self, *args: Any, devices: Any = None, **kwargs: Any) -> Any:
+        """The arguments as the plan wants them on the devices."""
+        traced = self._bound("place")
+        shardings = self._in_named(self._device_mesh(devices))
+        flat, tree = jax.tree.flatten((args, kwargs))
+        placed = [_place(x, s, a) for x, s, a in zip(flat, shardings, traced.in_avals, strict=True)]
+        out_args, out_kwargs = jax.tree.unflatten(tree, placed)
+        return (out_args, out_kwargs) if out_kwargs else out_args
+
+    def __str__(self) -> str:
+        from autoshard.report import report
+
+        return report(self.data)
+
+    def __repr__(self) -> str:
+        mesh = ", ".join(f"{n}={s}" for n, s in self.data.mesh)
+        return f"Plan({self.data.name}, mesh {mesh}, {self.data.cost.step_time:.3g} s)"
+
+    def _bound(self, what: str) -> Traced:
+        if self._traced is None:
+            raise PlanError(
+                f"Plan.{what} needs the function: give it to Plan.from_json(text, fn, *args), "
+                "or call plan.bind(fn, *args)"
+            )
+        return self._traced
+
+    def _device_mesh(self, devices: Any) -> jax.sharding.Mesh:
+        if isinstance(devices, jax.sharding.Mesh):
+            devices = devices.devices.flat
+        return device_mesh(self.data.mesh_axes, devices)
+
+    def _in_named(self, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+        return tuple(jax.NamedSharding(mesh, partition_spec(t.spec)) for t in self.data.arguments)
+
+    def _jitted(self, traced: Traced, mesh: jax.sharding.Mesh) -> Any:
+        run = constrained(traced, self.data, mesh)
+        run.__name__ = traced.graph.name
+        return jax.jit(
+            run,
+            in_shardings=self._in_named(mesh),
+            out_shardings=[
+                jax.NamedSharding(mesh, partition_spec(t.spec)) for t in self.data.results
+            ],
+            donate_argnums=tuple(i for i, d in enumerate(traced.donated) if d),
+        )
+
+
+def _place(x: Any, sharding: Any, aval: Any) -> Any:
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+    if not isinstance(x, jax.Array):
+        x = np.asarray(x, dtype=aval.dtype)
+    return jax.device_put(x, sharding)
+
+
+def plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    cluster: str | Cluster | None = None,
+    mesh: Mapping[str, int] | None = None,
+    hints: Hints | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    memory_limit: float | str | None = None,
+    solver: str = "ilp",
+    progress: Progress | None = None,
+) -> Plan:
+    """Plan how to run fn(*args) on a cluster. Nothing is allocated, compiled or run.
+
+    args: pytrees of arrays or jax.ShapeDtypeStruct. cluster: such as "cpu:8" or "tpu-v5e:4x4"; the
+    devices jax has when omitted. mesh: axis sizes, or None to search. hints: path glob to
+    PartitionSpec. memory_limit: bytes per device, or text such as "12GiB". solver: "ilp",
+    "propagate", "dp", "fsdp", "tp" or "fsdp+tp".
+
+    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, ValueError, TypeError.
+    """
+    options = {"donate_argnums": donate_argnums}
+    return _plan(fn, args, {}, options, cluster, mesh, hints, memory_limit, solver, progress)
+
+
+def _plan(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    jit_options: Mapping[str, Any],
+    cluster: str | Cluster | None,
+    mesh: Mapping[str, int] | None,
+    hints: Hints | None,
+    memory_limit: float | str | None,
+    solver: str,
+    progress: Progress | None,
+) -> Plan:
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
+    hardware = _cluster(cluster)
+    fixed = _mesh(mesh, hardware)
+    traced = _traced(fn, args, kwargs, jit_options)
+    graph = traced.graph
+    if traced.required_mesh is not None:
+        fixed = _manual_mesh(traced, fixed, hardware)
+    wanted = (*graph.hints, *hints_for(graph, hints or {}))
+    limit = None if memory_limit is None else float(parse_bytes(memory_limit))
+    found = search(
+        graph,
+        hardware,
+        mesh=fixed,
+        hints=wanted,
+        memory_limit=limit,
+        solver=solver,
+        state=state_pairs(traced),
+        progress=progress,
+    )
+    return Plan(found.plan, traced, found)
+
+
+def _cluster(spec: str | Cluster | None) -> Cluster:
+    if spec is None:
+        return cluster_here()
+    return read_cluster(spec) if isinstance(spec, str) else spec
+
+
+def _mesh(mesh: Mapping[str, int] | None, cluster: Cluster) -> Mesh | None:
+    if mesh is None:
+        return None
+    out = Mesh.of(mesh)
+    if out.devices != cluster.devices:
+        raise ValueError(
+            f"mesh {out} has {out.devices} devices, but the cluster {cluster} has {cluster.devices}"
+        )
+    return out
+
+
+def _manual_mesh(traced: Traced, fixed: Mesh | None, cluster: Cluster) -> Mesh:
+    """The mesh that a shard_map inside the function demands."""
+    assert traced.required_mesh is not None
+    demanded = Mesh.of(traced.required_mesh)
+    if demanded.devices != cluster.devices or (fixed is not None and fixed != demanded):
+        raise ValueError(
+            f"{traced.graph.name} has a shard_map over mesh {demanded}; the plan has to use that "
+            f"mesh, but was asked for {fixed if fixed is not None else cluster}"
+        )
+    return demanded
+
+
+def _traced(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    jit_options: Mapping[str, Any],
+) -> Traced:
+    from dataclasses import replace
+
+    _check_arguments(fn, args, kwargs, jit_options)
+    traced = trace(fn, *args, **jit_options, **kwargs)
+    return replace(traced, graph=drop_dead(traced.graph))
+
+
+def _check_arguments(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    jit_options: Mapping[str, Any],
+) -> None:
+    """A TypeError that names the argument, for what jit would refuse without naming it."""
+    static = jit_options.get("static_argnums") or ()
+    static = (static,) if isinstance(static, int) else tuple(static)
+    names = jit_options.get("static_argnames") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    parameters = _parameter_names(fn)
+    for i, arg in enumerate(args):
+        name = parameters[i] if i < len(parameters) else f"args[{i}]"
+        if i not in static and i - len(args) not in static and name not in names:
+            _check_leaves(name, arg)
+    for name, arg in kwargs.items():
+        if name not in names:
+            _check_leaves(name, arg)
+
+
+def _parameter_names(fn: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _check_leaves(name: str, tree: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, (bool, int, float, complex)):
+            continue
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or (
+            getattr(leaf, "dtype", None) == np.dtype(object)
+        ):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise TypeError(
+                f"argument {path_of(where)} is {type(leaf).__name__} {leaf!r:.60}, which is no array: "
+                "pass an array or a jax.ShapeDtypeStruct, or make it static with "
+                "parallelize(fn, static_argnames=...)"
+            )
+
+
+class Parallelized:
+    """What `parallelize` returns: plans on the first call of each argument form, and runs."""
+
+    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._options = dict(options)
+        self._plans: dict[Any, Plan] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run fn as planned on the devices jax has."""
+        key = self._key(args, kwargs)
+        if key not in self._compiled:
+            self._compiled[key] = self.plan(*args, **kwargs).compile()
+        args, kwargs = self._dynamic(args, kwargs)
+        return self._compiled[key](*args, **kwargs)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these arguments, made once per form."""
+        key = self._key(args, kwargs)
+        if key not in self._plans:
+            names = ("donate_argnums", "static_argnums", "static_argnames")
+            jit_options = {k: self._options[k] for k in names if self._options.get(k) is not None}
+            rest = {k: v for k, v in self._options.items() if k not in names}
+            self._plans[key] = _plan(self._fn, args, kwargs, jit_options, **rest)
+        return self._plans[key]
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The lowered program for these arguments, on the devices jax has."""
+        return self.plan(*args, **kwargs).lower()
+
+    def _static(self) -> tuple[set[int], set[str]]:
+        numbers = self._options.get("static_argnums") or ()
+        names = self._options.get("static_argnames") or ()
+        numbers = {numbers} if isinstance(numbers, int) else set(numbers)
+        names = {names} if isinstance(names, str) else set(names)
+        parameters = _parameter_names(self._fn)
+        count = len(parameters)
+        numbers = {n % count if n < 0 and count else n for n in numbers}
+        names |= {parameters[n] for n in numbers if n < count}
+        numbers |= {parameters.index(n) for n in names if n in parameters}
+        return numbers, names
+
+    def _dynamic(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        numbers, names = self._static()
+        return (
+            tuple(a for i, a in enumerate(args) if i not in numbers),
+            {k: v for k, v in kwargs.items() if k not in names},
+        )
+
+    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        numbers, names = self._static()
+        dynamic, named = self._dynamic(args, kwargs)
+        leaves, tree = jax.tree.flatten((dynamic, named))
+        static = (
+            tuple((i, a) for i, a in enumerate(args) if i in numbers),
+            tuple(sorted((k, v) for k, v in kwargs.items() if k in names)),
+        )
+        return tree, tuple(map(_form, leaves)), static
+
+
+def _form(leaf: Any) -> Any:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return tuple(leaf.shape), str(leaf.dtype), bool(getattr(leaf, "weak_type", False))
+    return type(leaf)
+
+
+def parallelize(
+    fn: Callable[..., Any] | None = None,
+    *,
+    cluster: str | Cluster | None = None,
+    mesh: Mapping[str, int] | None = None,
+    hints: Hints | None = None,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    memory_limit: float | str | None = None,
+    solver: str = "ilp",
+    progress: Progress | None = None,
+) -> Any:
+    """Make fn run in parallel: `parallelize(fn, cluster=...)` or `@parallelize(cluster=...)`.
+
+    Plans at the first call for each form of the arguments, compiles, and keeps both. `step.plan(*args)`
+    gives the plan, `step.lower(*args)` the program. Options as in `plan` and `jax.jit`.
+    """
+    options = {
+        "cluster": cluster,
+        "mesh": mesh,
+        "hints": hints,
+        "donate_argnums": donate_argnums,
+        "static_argnums": static_argnums,
+        "static_argnames": static_argnames,
+        "memory_limit": memory_limit,
+        "solver": solver,
+        "progress": progress,
+    }
+    if fn is None:
+        return lambda f: Parallelized(f, options)
+    return Parallelized(fn, options)
+
+
+__all__ = ["Parallelized", "Plan", "parallelize", "plan"]
+_ = named_sharding

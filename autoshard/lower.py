@@ -1,0 +1,219 @@
+"""From a plan to a program: the same jaxpr, with a sharding constraint on every planned value.
+
+XLA's partitioner does the rest. The walk is the tracer's, equation by equation, so that an
+operation's path leads to its plan; loops, branches and rematerialised parts are rebuilt with the
+constraints inside their bodies. Collectives are never written by hand here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts
+from autoshard.mesh import named_sharding
+from autoshard.trace import INLINED, REMAT, Path, Traced
+from passes.ir.graph import Op
+from passes.ir.plan import Axes, Plan
+from passes.ir.sharding import PARTIAL
+
+# The user's own constraints became hints, and may name a mesh that is not the plan's.
+_DROPPED = frozenset({"sharding_constraint", "reshard", "mesh_cast"})
+
+
+def constrained(traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> Any:
+    """A function over flat arguments that computes what the traced one does, as planned."""
+    emitter = _Emitter(traced, plan, devices)
+
+    def run(*flat: Any) -> list[Any]:
+        jaxpr, consts = open_jaxpr(traced.jaxpr)
+        return emitter.walk(jaxpr, consts, list(flat), ())
+
+    return run
+
+
+class _Emitter:
+    def __init__(self, traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> None:
+        self.traced, self.plan, self.devices = traced, plan, devices
+        self.mesh = plan.mesh_axes
+        self.ops: Mapping[Path, Op] = {op.path: op for op in traced.graph.ops}
+        self.reshards = {(r.op, r.operand): r for r in plan.reshards}
+        self.shared: dict[tuple[int, int], Any] = {}
+
+    # constraints
+
+    def constrain(self, x: Any, axes: Axes | None) -> Any:
+        """x with a sharding constraint; as it is where nothing is planned or nothing can be split."""
+        if axes is None or jnp.ndim(x) == 0 or PARTIAL in axes:
+            return x
+        if jnp.size(x) == 0 or not hasattr(x, "dtype"):
+            return x
+        return lax.with_sharding_constraint(
+            x, named_sharding(axes, jnp.ndim(x), self.mesh, self.devices)
+        )
+
+    def made(self, op: Op, outs: Sequence[Any]) -> list[Any]:
+        """An operation's results, each constrained as planned."""
+        return [
+            self.constrain(x, self.plan.values[v]) for x, v in zip(outs, op.outputs, strict=True)
+        ]
+
+    def wanted(self, op: Op, operands: Sequence[Any]) -> list[Any]:
+        """An operation's operands, resharded where the plan says so."""
+        return [self.operand(op, k, x) for k, x in enumerate(operands)]
+
+    def operand(self, op: Op, k: int, x: Any) -> Any:
+        reshard = self.reshards.get((op.id, k))
+        if reshard is None:
+            return x
+        if reshard.through is not None:
+            key = (reshard.shared, id(x))
+            if key not in self.shared:
+                self.shared[key] = (x, self.constrain(x, reshard.through))  # x lives with its id
+            x = self.shared[key][1]
+        return x if reshard.axes == reshard.through else self.constrain(x, reshard.axes)
+
+    @contextlib.contextmanager
+    def body(self) -> Iterator[None]:
+        """Inside a region's body nothing resharded outside, or in another tracing of it, is reused."""
+        outside, self.shared = self.shared, {}
+        try:
+            yield
+        finally:
+            self.shared = outside
+
+    # the walk
+
+    def walk(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], path: Path) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else env[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            operands = [read(v) for v in eqn.invars]
+            outs = self.equation(eqn, operands, (*path, i))
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        name = eqn.primitive.name
+        if name in INLINED:
+            inner, consts = open_jaxpr(eqn.params[INLINED[name]])
+            return self.walk(inner, consts, operands, path)
+        if name in REMAT:
+            return self.remat(eqn, operands, path)
+        if name == "scan":
+            return self.scan(eqn, operands, path)
+        if name == "while":
+            return self.while_loop(eqn, operands, path)
+        if name == "cond":
+            return self.cond(eqn, operands, path)
+        op = self.ops.get(path)
+        if op is None:  # dead code: computed as it stands, and dropped by XLA
+            return operands if name in _DROPPED else bind(eqn, operands)
+        operands = self.wanted(op, operands)
+        outs = operands[:1] if name in _DROPPED else bind(eqn, operands)
+        return self.made(op, outs)
+
+    def remat(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """What jax lowers rematerialisation to: a barrier that keeps XLA from reusing the first run."""
+        inner, consts = open_jaxpr(eqn.params["jaxpr"])
+        if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+            operands = list(lax.optimization_barrier(tuple(operands)))
+        return self.walk(inner, consts, operands, path)
+
+    def link(self, path: Path, operands: Sequence[Any], x: Any) -> Any:
+        """A value carried over a region's border, constrained as planned on both sides."""
+        op = self.ops.get(path)
+        if op is None:
+            return x
+        del operands
+        return self.constrain(self.operand(op, 0, x), self.plan.values[op.outputs[0]])
+
+    def scan(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        inner, body_consts = open_jaxpr(eqn.params["jaxpr"])
+        n_consts, n_carry = scan_counts(eqn.params)
+        entering = n_consts + n_carry
+        entered = [
+            self.link((*path, "in", k), (), x) for k, x in enumerate(operands[:entering])
+        ]
+        consts, init, xs = entered[:n_consts], entered[n_consts:], operands[entering:]
+
+        def body(carry: Any, sliced: Any) -> Any:
+            args = [self.enter((*path, "in", n_consts + k), x) for k, x in enumerate(carry)]
+            parts = [self.enter((*path, "in", entering + k), x) for k, x in enumerate(sliced)]
+            with self.body():
+                outs = self.walk(inner, body_consts, [*consts, *args, *parts], (*path, "body"))
+            outs = [
+                self.link((*path, "out", k), (), x) if k < n_carry else self.leave((*path, "out", k), x)
+                for k, x in enumerate(outs)
+            ]
+            return outs[:n_carry], outs[n_carry:]
+
+        params = eqn.params
+        carry, ys = lax.scan(
+            body, init, xs, params["length"], params["reverse"], params["unroll"]
+        )
+        return [
+            *(self.enter((*path, "out", k), x) for k, x in enumerate(carry)),
+            *(self.enter((*path, "out", n_carry + k), x) for k, x in enumerate(ys)),
+        ]
+
+    def enter(self, path: Path, x: Any) -> Any:
+        """The result of a link, constrained as planned."""
+        op = self.ops.get(path)
+        return x if op is None else self.constrain(x, self.plan.values[op.outputs[0]])
+
+    def leave(self, path: Path, x: Any) -> Any:
+        """The operand of a link, resharded as planned."""
+        op = self.ops.get(path)
+        return x if op is None else self.operand(op, 0, x)
+
+    def while_loop(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        cond, cond_consts = open_jaxpr(eqn.params["cond_jaxpr"])
+        body, body_consts = open_jaxpr(eqn.params["body_jaxpr"])
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        entered = [self.link((*path, "in", k), (), x) for k, x in enumerate(operands)]
+        first, second = entered[:n_cond], entered[n_cond : n_cond + n_body]
+        skip = n_cond + n_body
+
+        def test(carry: Any) -> Any:
+            with self.body():
+                return self.walk(cond, cond_consts, [*first, *carry], (*path, "cond"))[0]
+
+        def step(carry: Any) -> Any:
+            args = [self.enter((*path, "in", skip + k), x) for k, x in enumerate(carry)]
+            with self.body():
+                outs = self.walk(body, body_consts, [*second, *args], (*path, "body"))
+            return [self.link((*path, "out", k), (), x) for k, x in enumerate(outs)]
+
+        out = lax.while_loop(test, step, entered[skip:])
+        return [self.enter((*path, "out", k), x) for k, x in enumerate(out)]
+
+    def cond(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        index, *rest = operands
+
+        def branch(b: int, jaxpr: Any) -> Any:
+            inner, consts = open_jaxpr(jaxpr)
+
+            def run(*args: Any) -> list[Any]:
+                with self.body():
+                    outs = self.walk(inner, consts, list(args), (*path, "branch", b))
+                return [self.branch_out((*path, "out", k), b, x) for k, x in enumerate(outs)]
+
+            return run
+
+        branches = [branch(b, j) for b, j in enumerate(eqn.params["branches"])]
+        outs = lax.switch(jnp.asarray(index, jnp.int32), branches, *rest)
+        return [self.enter((*path, "out", k), x) for k, x in enumerate(outs)]
+
+    def branch_out(self, path: Path, branch: int, x: Any) -> Any:
+        op = self.ops.get(path)
+        return x if op is None else self.operand(op, branch, x)

@@ -1,0 +1,57 @@
+"""Which devices form a mesh, and how is a plan's sharding written for jax?
+
+Meshes have Auto axes: the compiler's partitioner follows our constraints (Explicit axes, jax's
+default since 0.9, would make every operation check its own sharding instead).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from passes.ir.mesh import Mesh
+from passes.ir.sharding import Sharding
+
+
+class DevicesError(ValueError):
+    """Too few devices for a mesh."""
+
+
+def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
+    """A jax mesh over these devices (None: the ones jax has), in the order of the plan's axes.
+
+    TPU devices are put in the order of their place in the torus, as the cost model assumes.
+    """
+    found = list(jax.devices() if devices is None else np.asarray(devices, dtype=object).flat)
+    if len(found) < mesh.devices:
+        raise DevicesError(
+            f"the plan's mesh {mesh} needs {mesh.devices} devices, but only {len(found)} are here; "
+            "for virtual CPU devices set jax.config.update('jax_num_cpu_devices', "
+            f"{mesh.devices}) before jax starts"
+        )
+    found = found[: mesh.devices]
+    if all(hasattr(d, "coords") for d in found):
+        found.sort(key=lambda d: (getattr(d, "slice_index", 0) or 0, tuple(d.coords)))
+    grid = np.empty(len(found), dtype=object)
+    grid[:] = found
+    types = (AxisType.Auto,) * len(mesh.names)
+    return jax.sharding.Mesh(grid.reshape(mesh.sizes), mesh.names, axis_types=types)
+
+
+def partition_spec(spec: Sequence[Sequence[str]]) -> PartitionSpec:
+    """A PartitionSpec from axis names per dim, trailing unsplit dims left out."""
+    entries: list[Any] = [None if not s else s[0] if len(s) == 1 else tuple(s) for s in spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def named_sharding(
+    axes: tuple[int, ...], rank: int, mesh: Mesh, devices: jax.sharding.Mesh
+) -> NamedSharding:
+    """The jax sharding of a value of this rank."""
+    return NamedSharding(devices, partition_spec(Sharding(axes).spec(rank, mesh)))

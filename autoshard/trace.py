@@ -1,0 +1,413 @@
+"""What does a jax function compute?  `trace(fn, args)` gives the Graph of its jaxpr.
+
+`jit`, `closed_call`, `custom_jvp_call` and `custom_vjp_call` are inlined; `scan`, `while`, `cond`
+and `remat2` stay as regions whose bodies lie in the same flat list; `shard_map` stays one
+operation. Every operation keeps the path of its equation, so that `autoshard.lower` can walk the
+same jaxpr and find the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+import passes.rules  # noqa: F401  (registers the hand-written rules)
+from autoshard.jax_compat import Literal, open_jaxpr, scan_counts
+from autoshard.shardy import shardy_rule
+from autoshard.signature import signature, type_of
+from autoshard.sources import source_of
+from passes.ir.graph import Graph, Hint, Op, Region, RegionKind, Signature, Type, Value, ValueKind
+from passes.ir.rule import Rule
+from passes.rules.registry import hand_rule, whole_rule
+
+Path = tuple[int | str, ...]
+
+# Calls that mean no more than their body. Parameter that holds the body, by primitive name.
+INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_lin": "call_jaxpr",
+    "custom_transpose_call": "call_jaxpr",
+}
+REMAT = ("remat2", "checkpoint", "remat")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced function: its Graph, and what jax needs to lower it again.
+
+    jaxpr: the closed jaxpr. in_tree, out_tree: pytree structures of (args, kwargs) and of the
+    result. in_avals: flat avals. donated: per flat argument. required_mesh: axis sizes that a
+    `shard_map` inside demands, or None.
+    """
+
+    graph: Graph
+    jaxpr: Any
+    in_tree: Any
+    out_tree: Any
+    in_avals: tuple[Any, ...]
+    donated: tuple[bool, ...]
+    required_mesh: Mapping[str, int] | None
+
+
+def trace(
+    fn: Callable[..., Any],
+    *args: Any,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Traced:
+    """Trace fn on arrays or jax.ShapeDtypeStructs; nothing is allocated, compiled or run.
+
+    Whatever `jax.jit` raises for a function or an argument it refuses comes through unchanged.
+    """
+    jitted = jax.jit(
+        fn,
+        donate_argnums=donate_argnums,
+        static_argnums=static_argnums,
+        static_argnames=static_argnames,
+    )
+    traced = jitted.trace(*args, **kwargs)
+    jaxpr, consts = open_jaxpr(traced.jaxpr)
+    infos = jax.tree.leaves(traced.args_info)
+    donated = tuple(bool(getattr(i, "donated", False)) for i in infos)
+    names = _argument_names(jaxpr, len(jaxpr.invars))
+    builder = _Builder()
+    env: dict[Any, int] = {}
+    for var, name in zip(jaxpr.invars, names, strict=True):
+        env[var] = builder.value(type_of(var.aval), "argument", name)
+    inputs = tuple(env[v] for v in jaxpr.invars)
+    builder.constants(jaxpr.constvars, env)
+    builder.walk(jaxpr, env, (), 0)
+    outputs = tuple(builder.read(v, env) for v in jaxpr.outvars)
+    builder.close_top()
+    graph = Graph(
+        name=getattr(fn, "__name__", type(fn).__name__),
+        values=tuple(builder.values),
+        ops=tuple(builder.ops),
+        regions=tuple(builder.regions),
+        inputs=inputs,
+        outputs=outputs,
+        output_names=_result_names(jaxpr, len(outputs)),
+        ties=tuple(builder.ties),
+        donated=frozenset(v for v, d in zip(inputs, donated, strict=True) if d),
+        hints=tuple(builder.hints),
+        notes=tuple(dict.fromkeys(builder.notes)),
+    )
+    del consts
+    return Traced(
+        graph,
+        traced.jaxpr,
+        traced.in_tree,
+        traced.out_tree,
+        tuple(v.aval for v in jaxpr.invars),
+        donated,
+        builder.required_mesh,
+    )
+
+
+def _argument_names(jaxpr: Any, count: int) -> tuple[str, ...]:
+    info = getattr(jaxpr, "debug_info", None)
+    names = tuple(getattr(info, "arg_names", None) or ())
+    if len(names) != count:
+        names = tuple(f"args[{i}]" for i in range(count))
+    return tuple(n if n else f"args[{i}]" for i, n in enumerate(names))
+
+
+def _result_names(jaxpr: Any, count: int) -> tuple[str, ...]:
+    info = getattr(jaxpr, "debug_info", None)
+    names = tuple(getattr(info, "result_paths", None) or ())
+    return names if len(names) == count else tuple(f"result[{i}]" for i in range(count))
+
+
+class _Builder:
+    """Collects values, ops and regions while walking a jaxpr; the only mutable thing here."""
+
+    def __init__(self) -> None:
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+        self.regions: list[Region] = [Region(0, 0, "top", 1.0, 0, 0)]
+        self.ties: list[tuple[int, int]] = []
+        self.hints: list[Hint] = []
+        self.notes: list[str] = []
+        self.required_mesh: Mapping[str, int] | None = None
+        self._rules: dict[Any, Rule] = {}
+        self._literals: dict[Any, int] = {}
+
+    # values
+
+    def value(self, type: Type, kind: ValueKind = "result", name: str = "") -> int:
+        self.values.append(Value(len(self.values), type, kind, name))
+        return len(self.values) - 1
+
+    def constants(self, variables: Sequence[Any], env: dict[Any, int]) -> None:
+        for i, var in enumerate(variables):
+            env[var] = self.value(type_of(var.aval), "constant", f"constant[{i}]")
+
+    def read(self, atom: Any, env: dict[Any, int]) -> int:
+        if not isinstance(atom, Literal):
+            return env[atom]
+        type = type_of(atom.aval)
+        text = np.array2string(np.asarray(atom.val)) if np.ndim(atom.val) == 0 else f"{type}"
+        key = (type, text) if np.ndim(atom.val) == 0 else id(atom)
+        if key not in self._literals:
+            self._literals[key] = self.value(type, "literal", text)
+        return self._literals[key]
+
+    # ops
+
+    def op(
+        self,
+        sig: Signature,
+        rule: Rule,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        source: str,
+        path: Path,
+        region: int,
+        effects: bool = False,
+    ) -> None:
+        self.ops.append(
+            Op(
+                len(self.ops),
+                sig.name,
+                tuple(inputs),
+                tuple(outputs),
+                rule,
+                sig.params,
+                source,
+                path,
+                region,
+                effects,
+            )
+        )
+
+    def rule_for(self, sig: Signature, eqn: Any, source: str) -> Rule:
+        key = (sig.name, sig.operands, sig.results, _frozen(sig.params))
+        if key not in self._rules:
+            self._rules[key] = self._new_rule(sig, eqn, source)
+        return self._rules[key]
+
+    def _new_rule(self, sig: Signature, eqn: Any, source: str) -> Rule:
+        if eqn is not None and eqn.effects:
+            self.notes.append(f"{sig.name} has side effects and is left unsharded ({source})")
+            return whole_rule(sig)
+        rule = hand_rule(sig)
+        if rule is None and eqn is not None:
+            rule = shardy_rule(eqn)
+        if rule is None:
+            rule = whole_rule(sig)
+            self.notes.append(f"{sig.name} has no sharding rule and is not split ({source})")
+        return rule
+
+    def link(self, name: str, sources: Sequence[int], to: Type, source: str, path: Path, region: int) -> int:
+        """A link operation over values already known; returns its result."""
+        out = self.value(to)
+        sig = Signature(name, tuple(self.values[v].type for v in sources), (to,))
+        self.op(sig, self.rule_for(sig, None, source), sources, (out,), source, path, region)
+        return out
+
+    # regions
+
+    def open_region(self, parent: int, kind: RegionKind, trips: float) -> int:
+        self.regions.append(Region(len(self.regions), parent, kind, trips, len(self.ops), -1))
+        return len(self.regions) - 1
+
+    def close_region(self, region: int) -> None:
+        r = self.regions[region]
+        self.regions[region] = Region(r.id, r.parent, r.kind, r.trips, r.begin, len(self.ops))
+
+    def close_top(self) -> None:
+        self.regions[0] = Region(0, 0, "top", 1.0, 0, len(self.ops))
+
+    # the walk
+
+    def walk(self, jaxpr: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        for i, eqn in enumerate(jaxpr.eqns):
+            name = eqn.primitive.name
+            here = (*path, i)
+            if name in INLINED:
+                self._inline(eqn, eqn.params[INLINED[name]], env, here, region)
+            elif name == "scan":
+                self._scan(eqn, env, here, region)
+            elif name == "while":
+                self._while(eqn, env, here, region)
+            elif name == "cond":
+                self._cond(eqn, env, here, region)
+            elif name in REMAT:
+                inner = self.open_region(region, "remat", 1.0)
+                self._inline(eqn, eqn.params["jaxpr"], env, here, inner)
+                self.close_region(inner)
+            else:
+                self._plain(eqn, env, here, region)
+
+    def _plain(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        sig, source = signature(eqn), source_of(eqn.source_info)
+        inputs = [self.read(v, env) for v in eqn.invars]
+        outputs = []
+        for var, type in zip(eqn.outvars, sig.results, strict=True):
+            env[var] = self.value(type)
+            outputs.append(env[var])
+        rule = self.rule_for(sig, eqn, source)
+        self.op(sig, rule, inputs, outputs, source, path, region, bool(eqn.effects))
+        self._hints(eqn, inputs, outputs, source)
+
+    def _hints(self, eqn: Any, inputs: list[int], outputs: list[int], source: str) -> None:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "autoshard_annotate":
+            origin = params["origin"] or source
+            self.hints.append(
+                Hint(outputs[0], params["spec"], origin, params["priority"], params["hard"])
+            )
+        elif name == "sharding_constraint":
+            dims = _named_dims(params["sharding"], len(self.values[outputs[0]].shape))
+            if dims is not None:
+                origin = f"with_sharding_constraint, {source}"
+                self.hints.append(Hint(outputs[0], dims, origin))
+        elif name == "shard_map":
+            self._manual(params, inputs, outputs, source)
+
+    def _manual(self, params: Any, inputs: list[int], outputs: list[int], source: str) -> None:
+        mesh = dict(params["mesh"].shape)
+        if self.required_mesh is not None and dict(self.required_mesh) != mesh:
+            raise ValueError(
+                f"two shard_map calls want different meshes, {dict(self.required_mesh)} and {mesh} "
+                f"({source}); give them one mesh"
+            )
+        self.required_mesh = mesh
+        pairs = [*zip(inputs, params["in_specs"], strict=True)]
+        pairs += [*zip(outputs, params["out_specs"], strict=True)]
+        for v, spec in pairs:
+            rank = len(self.values[v].shape)
+            dims = _spec_dims(spec, rank)
+            if rank and self.values[v].kind != "literal":
+                self.hints.append(Hint(v, dims, f"shard_map, {source}", 0, hard=False))
+
+    def _inline(self, eqn: Any, body: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        inner, _ = open_jaxpr(body)
+        scope: dict[Any, int] = {}
+        self.constants(inner.constvars, scope)
+        for var, outer in zip(inner.invars, eqn.invars, strict=True):
+            scope[var] = self.read(outer, env)
+        self.walk(inner, scope, path, region)
+        for var, result in zip(eqn.outvars, inner.outvars, strict=True):
+            env[var] = self.read(result, scope)
+
+    def _scan(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        inner, _ = open_jaxpr(eqn.params["jaxpr"])
+        source = source_of(eqn.source_info)
+        n_consts, n_carry = scan_counts(eqn.params)
+        outer = [self.read(v, env) for v in eqn.invars]
+        scope: dict[Any, int] = {}
+        self.constants(inner.constvars, scope)
+        entering = n_consts + n_carry
+        for k, var in enumerate(inner.invars[:entering]):
+            at = (*path, "in", k)
+            scope[var] = self.link("loop_enter", [outer[k]], type_of(var.aval), source, at, region)
+        body = self.open_region(region, "scan", float(eqn.params["length"]))
+        for k, var in enumerate(inner.invars[entering:], entering):
+            at = (*path, "in", k)
+            scope[var] = self.link("scan_slice", [outer[k]], type_of(var.aval), source, at, body)
+        self.walk(inner, scope, (*path, "body"), body)
+        for k, (var, result) in enumerate(zip(eqn.outvars, inner.outvars, strict=True)):
+            at, made = (*path, "out", k), self.read(result, scope)
+            if k < n_carry:
+                env[var] = self._next(made, scope[inner.invars[n_consts + k]], var, source, at, body)
+            else:
+                env[var] = self.link("scan_stack", [made], type_of(var.aval), source, at, body)
+        self.close_region(body)
+
+    def _next(self, made: int, carry: int, var: Any, source: str, path: Path, body: int) -> int:
+        out = self.link("loop_next", [made], type_of(var.aval), source, path, body)
+        self.ties.append((carry, out))
+        return out
+
+    def _while(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        cond, _ = open_jaxpr(eqn.params["cond_jaxpr"])
+        body, _ = open_jaxpr(eqn.params["body_jaxpr"])
+        source = source_of(eqn.source_info)
+        n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        outer = [self.read(v, env) for v in eqn.invars]
+        entered = [
+            self.link("loop_enter", [v], self.values[v].type, source, (*path, "in", k), region)
+            for k, v in enumerate(outer)
+        ]
+        carry = entered[n_cond + n_body :]
+        self.notes.append(f"while loop with an unknown trip count is priced as one trip ({source})")
+        for kind, inner, first in (
+            ("while_cond", cond, entered[:n_cond]),
+            ("while_body", body, entered[n_cond : n_cond + n_body]),
+        ):
+            scope: dict[Any, int] = {}
+            self.constants(inner.constvars, scope)
+            scope.update(zip(inner.invars, [*first, *carry], strict=True))
+            span = self.open_region(region, kind, 1.0)  # type: ignore[arg-type]
+            self.walk(inner, scope, (*path, "cond" if inner is cond else "body"), span)
+            if inner is body:
+                for k, (var, result) in enumerate(zip(eqn.outvars, inner.outvars, strict=True)):
+                    made = self.read(result, scope)
+                    at = (*path, "out", k)
+                    env[var] = self._next(made, carry[k], var, source, at, span)
+            self.close_region(span)
+
+    def _cond(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        source = source_of(eqn.source_info)
+        branches = eqn.params["branches"]
+        operands = [self.read(v, env) for v in eqn.invars[1:]]
+        results: list[list[int]] = []
+        for b, branch in enumerate(branches):
+            inner, _ = open_jaxpr(branch)
+            scope: dict[Any, int] = {}
+            self.constants(inner.constvars, scope)
+            scope.update(zip(inner.invars, operands, strict=True))
+            span = self.open_region(region, "branch", 1.0 / len(branches))
+            self.walk(inner, scope, (*path, "branch", b), span)
+            results.append([self.read(v, scope) for v in inner.outvars])
+            self.close_region(span)
+        for k, var in enumerate(eqn.outvars):
+            made = [r[k] for r in results]
+            at = (*path, "out", k)
+            env[var] = self.link("branch_join", made, type_of(var.aval), source, at, region)
+
+
+def _frozen(x: Any) -> Any:
+    """A hashable stand-in for plain parameters; types count, so that 1, 1.0 and True differ."""
+    if isinstance(x, Mapping):
+        return tuple((k, _frozen(v)) for k, v in x.items())
+    if isinstance(x, tuple):
+        return tuple(map(_frozen, x))
+    return (type(x).__name__, x)
+
+
+def _spec_dims(spec: Any, rank: int) -> tuple[tuple[str, ...], ...]:
+    """Axis names per dim of a PartitionSpec, filled up to the rank."""
+    out: list[tuple[str, ...]] = []
+    for entry in tuple(spec):
+        if entry is None:
+            out.append(())
+        else:
+            out.append(tuple(entry) if isinstance(entry, tuple) else (entry,))
+    return tuple(out) + ((),) * (rank - len(out))
+
+
+def _named_dims(sharding: Any, rank: int) -> tuple[tuple[str, ...] | None, ...] | None:
+    """Hint dims of a NamedSharding; None where it names no mesh axes."""
+    spec = getattr(sharding, "spec", None)
+    if spec is None:
+        return None
+    open_ = jax.sharding.PartitionSpec.UNCONSTRAINED
+    entries = tuple(spec) + (None,) * (rank - len(tuple(spec)))
+    return tuple(
+        None if e is open_ else () if e is None else e if isinstance(e, tuple) else (e,)
+        for e in entries
+    )

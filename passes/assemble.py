@@ -1,0 +1,299 @@
+"""From a choice to a Plan: shardings, strategies, reshards, and what each of them costs.
+
+Everything here is read off the choice; nothing is decided any more. The memory is counted again,
+exactly: with the resharded copies, which the problem leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.ir.graph import Graph, Op
+from passes.ir.plan import (
+    Axes,
+    Cost,
+    Move,
+    OpPlan,
+    Plan,
+    Reshard,
+    TensorPlan,
+    fingerprint,
+    signature_of,
+)
+from passes.ir.sharding import PARTIAL, Sharding
+from passes.price import Priced, op_seconds
+from passes.reshard import Step, reshard_seconds, reshard_sent, steps
+from passes.solve.problem import Solution
+from passes.strategies import NOWHERE, Strategy, group_of, operand_axes, parts, result_axes
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value changed from one sharding to another: for operand k of op, or after its result k."""
+
+    op: int
+    side: str
+    index: int
+    value: int
+    source: Axes
+    target: Axes
+    shared: int
+    moves: tuple[Step, ...]
+    trips: float
+
+
+def value_axes(priced: Priced, choice: Sequence[int]) -> tuple[Axes, ...]:
+    """The sharding of every value under a choice."""
+    out: list[Axes] = []
+    groups = priced.decisions.groups
+    for v, g in enumerate(priced.decisions.group_of):
+        node = priced.node_of_group[g]
+        chosen = priced.meanings[node].choices[choice[node]] if node >= 0 else priced.only[g]
+        mapping = groups[g].members[v]
+        inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
+        out.append(tuple(inverse[e] if e >= 0 else e for e in chosen))
+    return tuple(out)
+
+
+def op_strategies(priced: Priced, choice: Sequence[int]) -> tuple[Strategy, ...]:
+    """The strategy of every operation under a choice."""
+    return tuple(
+        table[choice[owner]] if owner >= 0 else table[0]
+        for owner, table in zip(priced.owner, priced.tables, strict=True)
+    )
+
+
+def changes(
+    priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
+) -> tuple[Change, ...]:
+    """Every reshard of the plan, in program order; a shared copy's counts once, at its first reader."""
+    graph, sizes = priced.graph, priced.mesh.sizes
+    out: list[Change] = []
+    made: set[int] = set()
+
+    def add(op: Op, side: str, k: int, v: int, f: Axes, t: Axes, shared: int = -1) -> None:
+        moves = steps(f, t, sizes) if f != t else ()
+        assert moves is not None, f"{op.name} can not get value {v} from {f} to {t}"
+        if f != t:
+            trips = graph.trips(op.region)
+            out.append(Change(op.id, side, k, v, f, t, shared, moves, trips))
+
+    for op in graph.ops:
+        for k, v in enumerate(op.inputs):
+            if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
+                continue
+            have = values[v]
+            copy = priced.copies.get((op.id, k), -1)
+            if copy >= 0:
+                through = priced.meanings[copy].choices[choice[copy]]
+                if copy not in made:
+                    made.add(copy)
+                    add(op, "copy", k, v, have, through, copy)
+                have = through
+            add(op, "operand", k, v, have, operand_axes(op.rule, k, chosen[op.id], sizes), copy)
+        for k, v in enumerate(op.outputs):
+            if graph.values[v].type.size > 1:
+                add(op, "result", k, v, result_axes(op.rule, k, chosen[op.id], sizes), values[v])
+    return tuple(out)
+
+
+def reshards(
+    priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
+) -> tuple[Reshard, ...]:
+    """What the lowering has to do to operands."""
+    graph, sizes = priced.graph, priced.mesh.sizes
+    out = []
+    for op in graph.ops:
+        for k, v in enumerate(op.inputs):
+            if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
+                continue
+            want = operand_axes(op.rule, k, chosen[op.id], sizes)
+            if PARTIAL in want:
+                continue
+            copy = priced.copies.get((op.id, k), -1)
+            through = priced.meanings[copy].choices[choice[copy]] if copy >= 0 else values[v]
+            if through != values[v]:
+                out.append(Reshard(op.id, k, want, copy, through))
+            elif want != values[v]:
+                out.append(Reshard(op.id, k, want))
+    return tuple(out)
+
+
+def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> float:
+    """Bytes per device at the fullest moment, resharded copies counted where they live."""
+    graph, live = priced.graph, priced.live
+    change = np.zeros(live.steps + 1)
+
+    def hold(begin: int, end: int, nbytes: float) -> None:
+        change[begin] += nbytes
+        change[end] -= nbytes
+
+    for value in graph.values:
+        begin, end = live.spans[value.id]
+        if begin < end:
+            hold(begin, end, local_bytes(value.type.nbytes, values[value.id], priced))
+    last: dict[int, int] = {}
+    for (op, _), copy in priced.copies.items():
+        last[copy] = max(last.get(copy, 0), op)
+    for c in changed:
+        if c.side == "result" or not live.stored[c.value]:
+            continue
+        end = last[c.shared] if c.side == "copy" else c.op
+        nbytes = local_bytes(graph.values[c.value].type.nbytes, c.target, priced)
+        hold(c.op, end + 1, nbytes)
+    return float(np.cumsum(change).max(initial=0.0))
+
+
+def local_bytes(nbytes: int, axes: Axes, priced: Priced) -> float:
+    """Bytes one device holds of a value with this sharding."""
+    return math.ceil(nbytes / Sharding(axes).shards(priced.mesh.sizes))
+
+
+def cost_of(priced: Priced, choice: Sequence[int]) -> Cost:
+    """The predicted cost of a choice."""
+    return _assemble(priced, choice)[0]
+
+
+def assemble(
+    priced: Priced, solution: Solution, solver: str, limit: float, notes: Sequence[str] = ()
+) -> Plan:
+    """The plan that a solution stands for."""
+    graph = priced.graph
+    cost, ops, values, moved = _assemble(priced, solution.choice)
+    signature = signature_of(graph)
+    return Plan(
+        name=graph.name,
+        fingerprint=fingerprint(signature),
+        signature=signature,
+        cluster=priced.cluster.to_dict(),
+        mesh=tuple(zip(priced.mesh.names, priced.mesh.sizes, strict=True)),
+        solver=solver,
+        status=solution.status,
+        gap=solution.gap,
+        memory_limit=limit,
+        cost=cost,
+        arguments=tuple(
+            _tensor(priced, v, graph.values[v].name, values[v]) for v in graph.inputs
+        ),
+        results=tuple(
+            _tensor(priced, v, name, values[v])
+            for v, name in zip(graph.outputs, graph.output_names, strict=True)
+        ),
+        ops=ops,
+        values=_constraints(priced, values),
+        reshards=moved,
+        notes=(*graph.notes, *notes),
+    )
+
+
+def _tensor(priced: Priced, v: int, name: str, axes: Axes) -> TensorPlan:
+    type = priced.graph.values[v].type
+    spec = Sharding(axes).spec(len(type.shape), priced.mesh)
+    hints = priced.decisions.groups[priced.decisions.group_of[v]].hints
+    return TensorPlan(
+        name, type.shape, type.dtype, type.nbytes, spec, hints[0].origin if hints else ""
+    )
+
+
+def _assemble(
+    priced: Priced, choice: Sequence[int]
+) -> tuple[Cost, tuple[OpPlan, ...], tuple[Axes, ...], tuple[Reshard, ...]]:
+    values, chosen = value_axes(priced, choice), op_strategies(priced, choice)
+    changed = changes(priced, choice, values, chosen)
+    by_op: dict[int, list[Change]] = {}
+    for c in changed:
+        by_op.setdefault(c.op, []).append(c)
+    ops = tuple(
+        _op_plan(priced, op, chosen[op.id], values, by_op.get(op.id, ())) for op in priced.graph.ops
+    )
+    compute = sum(o.seconds for o in ops)
+    comm = sum(m.seconds * m.trips for o in ops for m in o.collectives)
+    sent = sum(
+        reshard_sent(c.moves, priced.graph.values[c.value].type.nbytes, priced.mesh.sizes) * c.trips
+        for c in changed
+    )
+    cost = Cost(
+        step_time=compute + comm,
+        compute_time=compute,
+        comm_time=comm,
+        peak_memory=peak_memory(priced, values, changed),
+        comm_bytes=sent,
+        flops=sum(o.flops for o in ops),
+    )
+    return cost, ops, values, reshards(priced, choice, values, chosen)
+
+
+def _op_plan(
+    priced: Priced, op: Op, strategy: Strategy, values: Sequence[Axes], changed: Sequence[Change]
+) -> OpPlan:
+    graph, mesh = priced.graph, priced.mesh
+    trips = graph.trips(op.region)
+    seconds = 0.0
+    if not op.is_link:
+        seconds = op_seconds(
+            graph, op, strategy, mesh, priced.cluster, priced.links, priced.reads[op.id]
+        )
+    split = parts(strategy, mesh.sizes)
+    return OpPlan(
+        id=op.id,
+        name=op.name,
+        source=op.source,
+        factors=op.rule.notation(),
+        strategy=tuple(
+            (mesh.names[a], op.rule.factors[s].name if s >= 0 else f"partial operand {group_of(s)}")
+            for a, s in enumerate(strategy)
+            if s != NOWHERE
+        ),
+        result=" ".join(
+            Sharding(values[v]).text(graph.values[v].shape, _short(graph, v), mesh)
+            for v in op.outputs
+        ),
+        seconds=seconds * trips,
+        bytes=sum(local_bytes(graph.values[v].type.nbytes, values[v], priced) for v in op.outputs),
+        flops=op.rule.flops / split * trips,
+        trips=trips,
+        collectives=tuple(m for c in changed for m in _collectives(priced, op, c)),
+    )
+
+
+def _short(graph: Graph, v: int) -> str:
+    return str(graph.values[v].type).split("[")[0]
+
+
+def _collectives(priced: Priced, op: Op, change: Change) -> list[Move]:
+    value = priced.graph.values[change.value]
+    what = value.name or f"{value.type} of {op.name}"
+    return [
+        Move(
+            kind=s.kind,
+            axes=(priced.mesh.names[s.axis],),
+            nbytes=s.larger * value.type.nbytes,
+            seconds=reshard_seconds([s], value.type.nbytes, priced.links),
+            source=op.source,
+            value=what,
+            trips=change.trips,
+        )
+        for s in change.moves
+        if s.kind != "slice"
+    ]
+
+
+def _constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ...]:
+    """Which values get a constraint: where a decision begins; what is tied to it follows by itself."""
+    graph, group_of_value = priced.graph, priced.decisions.group_of
+    out: list[Axes | None] = [None] * len(graph.values)
+    keep = {*graph.inputs, *graph.outputs}
+    for v in keep:
+        out[v] = values[v]
+    for op in graph.ops:
+        groups = {group_of_value[v] for v in op.inputs}
+        for v in op.outputs:
+            if PARTIAL in values[v] or graph.values[v].type.size <= 1:
+                continue
+            if v in keep or op.is_link or group_of_value[v] not in groups:
+                out[v] = values[v]
+    return tuple(out)

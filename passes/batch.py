@@ -1,0 +1,54 @@
+"""Which dim of which inputs is the batch?  The one whose split reaches the most FLOPs.
+
+The inputs asked are those that are no state (no result takes their place). A candidate's split is
+followed forwards through the rules; what it reaches counts with its FLOPs. Other inputs that the
+split reaches backwards (labels, masks) belong to the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from passes.ir.graph import Graph, Hint
+from passes.ir.mesh import Mesh
+from passes.propagate import propagate
+
+_MOST = 16  # candidates looked at
+
+
+def find_batch(graph: Graph, state: Sequence[int]) -> tuple[int, ...]:
+    """Input values whose leading dim is the batch; empty where no split reaches any FLOPs.
+
+    state: inputs that results replace (parameters, optimizer state).
+    """
+    candidates = [
+        v
+        for v in graph.inputs
+        if v not in state and graph.values[v].shape and graph.values[v].shape[0] > 1
+    ]
+    best, reached = 0.0, ()
+    for v in candidates[:_MOST]:
+        flops, inputs = _reach(graph, v, candidates)
+        if flops > best * 1.001:
+            best, reached = flops, inputs
+    return reached
+
+
+def _reach(graph: Graph, v: int, candidates: Sequence[int]) -> tuple[float, tuple[int, ...]]:
+    """FLOPs split when the leading dim of v is, and which candidates' leading dims are then."""
+    shape = graph.values[v].shape
+    mesh = Mesh(("batch",), (_smallest_factor(shape[0]),))
+    hint = Hint(v, (("batch",), *([None] * (len(shape) - 1))), "batch", 0, hard=False)
+    found = propagate(graph, mesh, [hint]).shardings
+    total = 0.0
+    for op in graph.ops:
+        if any(found[u].axes != (-1,) for u in (*op.inputs, *op.outputs)):
+            total += op.rule.flops * graph.trips(op.region)
+    return total, tuple(u for u in candidates if found[u].axes == (0,))
+
+
+def _smallest_factor(n: int) -> int:
+    for p in range(2, int(n**0.5) + 1):
+        if n % p == 0:
+            return p
+    return n

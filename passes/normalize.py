@@ -1,0 +1,71 @@
+"""Which operations does nobody need?  `drop_dead(graph)` leaves out what no result depends on.
+
+Tracing a gradient leaves dead equations behind; XLA removes them, so they must not be priced. The
+paths of the others stay as they were: the lowering still walks the whole jaxpr.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from passes.ir.graph import Graph, Op
+
+
+def drop_dead(graph: Graph) -> Graph:
+    """The same graph without operations that neither reach an output nor have effects."""
+    alive = _alive(graph)
+    if all(alive):
+        return graph
+    before = [0] * (len(graph.ops) + 1)  # how many live ops come before each op
+    for k, a in enumerate(alive):
+        before[k + 1] = before[k] + a
+    ops: list[Op] = []
+    for op in graph.ops:
+        if alive[op.id]:
+            ops.append(replace(op, id=len(ops)))
+    regions = tuple(replace(r, begin=before[r.begin], end=before[r.end]) for r in graph.regions)
+    needed = {v for op in ops for v in (*op.inputs, *op.outputs)}
+    ties = tuple(t for t in graph.ties if t[1] in needed)
+    hints = tuple(h for h in graph.hints if h.value in needed or h.value in graph.inputs)
+    return replace(graph, ops=tuple(ops), regions=regions, ties=ties, hints=hints)
+
+
+def _alive(graph: Graph) -> list[bool]:
+    producers = graph.producers()
+    # A loop's carry is needed by the next trip: whoever needs the value that enters the body needs
+    # the one that leaves it, and the other way round.
+    tied: dict[int, list[int]] = {}
+    for a, b in graph.ties:
+        tied.setdefault(a, []).append(b)
+        tied.setdefault(b, []).append(a)
+    # A while loop runs as long as its condition says: the condition is needed with the loop.
+    conditions = {
+        r.id + 1: [op for op in graph.ops[r.begin : r.end]]
+        for r in graph.regions
+        if r.kind == "while_cond"
+    }
+    alive = [False] * len(graph.ops)
+    seen = [False] * len(graph.values)
+    todo = [*graph.outputs, *(v for op in graph.ops if op.effects for v in op.inputs)]
+    for op in graph.ops:
+        alive[op.id] = op.effects
+    while todo:
+        v = todo.pop()
+        if seen[v]:
+            continue
+        seen[v] = True
+        todo.extend(tied.get(v, ()))
+        if producers[v] < 0:
+            continue
+        op = graph.ops[producers[v]]
+        if not alive[op.id]:
+            alive[op.id] = True
+            todo.extend(op.inputs)
+            todo.extend(op.outputs)
+            region = op.region
+            while region:
+                for c in conditions.pop(region, ()):
+                    alive[c.id] = True
+                    todo.extend(c.inputs)
+                region = graph.regions[region].parent
+    return alive

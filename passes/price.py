@@ -1,0 +1,566 @@
+"""What does every choice cost?  `price(graph, mesh, cluster) -> Priced`: the Problem, and its legend.
+
+Nodes of the problem:
+  group    values that share one sharding; its cost is the compute of the operations anchored on it
+  op       an operation that chooses its own strategy
+  copy     one value in another sharding, shared by readers that stand close together, so that a
+           gather wanted by three matmuls is paid once
+Edges carry the reshards between producer and reader. A body's costs count as often as it runs.
+Costs are whole picoseconds, usages bytes per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cost_models.cluster import Cluster
+from cost_models.collectives import seconds
+from cost_models.roofline import compute_seconds
+from cost_models.topology import AxisLink, lay
+from passes.decisions import Decisions, DimMap, Group
+from passes.ir.graph import Graph, Op, Type
+from passes.ir.mesh import Mesh
+from passes.ir.sharding import BROADCAST, PARTIAL
+from passes.liveness import Liveness
+from passes.reshard import reshard_seconds, steps
+from passes.solve.problem import INFINITY, Costs, Edge, Node, Problem, Use
+from passes.strategies import (
+    Axes,
+    Strategy,
+    factor_parts,
+    operand_axes,
+    parts,
+    result_axes,
+    strategies,
+    strategy_from,
+    value_choices,
+)
+
+PICO = 1e12  # picoseconds in a second
+MATRIX_OPS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
+
+# Readers of one value at most this many operations apart share a resharded copy of it.
+_NEAR = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a problem node stands for. kind: "group", "op" or "copy"; index: its id there.
+
+    choices: per choice a sharding of the group's dims ("group"), of the value's dims ("copy"), or a
+    strategy ("op").
+    """
+
+    kind: str
+    index: int
+    choices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """The problem and what its numbers mean.
+
+    node_of_group: per group its node, or -1 where it has only one choice. owner: per op the node
+    that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
+    constant: seconds that no choice changes. only: per group its sole choice where it has no node.
+    """
+
+    graph: Graph
+    mesh: Mesh
+    links: tuple[AxisLink, ...]
+    cluster: Cluster
+    decisions: Decisions
+    live: Liveness
+    problem: Problem
+    meanings: tuple[Meaning, ...]
+    node_of_group: tuple[int, ...]
+    only: tuple[Axes, ...]
+    owner: tuple[int, ...]
+    tables: tuple[tuple[Strategy, ...], ...]
+    copies: Mapping[tuple[int, int], int]
+    reads: tuple[frozenset[int], ...]
+    constant: float
+
+
+def price(
+    graph: Graph,
+    mesh: Mesh,
+    cluster: Cluster,
+    decisions: Decisions,
+    live: Liveness,
+    limit: float | None,
+) -> Priced:
+    """Build the problem of one graph on one mesh. limit: bytes per device, None for none.
+
+    Raises HintUnmet where a hard hint leaves a value without any sharding.
+    """
+    return _Pricer(graph, mesh, cluster, decisions, live).build(limit)
+
+
+class HintUnmet(ValueError):
+    """A hard hint that no legal sharding of its value meets."""
+
+
+class _Pricer:
+    def __init__(
+        self, graph: Graph, mesh: Mesh, cluster: Cluster, decisions: Decisions, live: Liveness
+    ) -> None:
+        self.graph, self.mesh, self.cluster = graph, mesh, cluster
+        self.decisions, self.live = decisions, live
+        self.sizes = mesh.sizes
+        self.links = lay(cluster, mesh.sizes)
+        self.meanings: list[Meaning] = []
+        self.costs: list[Costs] = []
+        self.uses: list[list[Use]] = []
+        self.labels: list[str] = []
+        self.edges: list[Edge] = []
+        self.constant = 0.0
+        self.cache: dict[Any, Any] = {}
+        self.copies: dict[tuple[int, int], int] = {}
+        self.trips = [graph.trips(r.id) for r in graph.regions]
+        self.reads = _counted_reads(graph, decisions, live)
+
+    # nodes
+
+    def node(self, meaning: Meaning, label: str) -> int:
+        self.meanings.append(meaning)
+        self.costs.append(np.zeros(len(meaning.choices)))
+        self.uses.append([])
+        self.labels.append(label)
+        return len(self.meanings) - 1
+
+    def build(self, limit: float | None) -> Priced:
+        graph, decisions = self.graph, self.decisions
+        self.node_of: list[int] = []
+        self.only: list[Axes] = []
+        self.lists: list[tuple[Axes, ...]] = []
+        for group in decisions.groups:
+            choices = self.group_choices(group)
+            self.only.append(choices[0])
+            self.lists.append(choices)
+            many = len(choices) > 1
+            label = _label(graph, group) if many else ""
+            self.node_of.append(self.node(Meaning("group", group.id, choices), label) if many else -1)
+        self.add_memory()
+        self.add_copies()
+        owners, tables = [], []
+        for op in graph.ops:
+            owner, table = self.add_op(op)
+            owners.append(owner)
+            tables.append(table)
+        nodes = tuple(
+            Node(np.round(c), tuple(u), name)
+            for c, u, name in zip(self.costs, self.uses, self.labels, strict=True)
+        )
+        problem = Problem(graph.name, nodes, tuple(self.edges), limit)
+        return Priced(
+            graph,
+            self.mesh,
+            self.links,
+            self.cluster,
+            decisions,
+            self.live,
+            problem,
+            tuple(self.meanings),
+            tuple(self.node_of),
+            tuple(self.only),
+            tuple(owners),
+            tuple(tables),
+            self.copies,
+            self.reads,
+            self.constant,
+        )
+
+    def group_choices(self, group: Group) -> tuple[Axes, ...]:
+        key = ("choices", group.shape, group.partial, group.fixed)
+        if key not in self.cache:
+            found = value_choices(group.shape, self.sizes, group.partial)
+            if group.hints:
+                found = tuple(c for c in found if self.meets(c, group.fixed))
+            self.cache[key] = found
+        if not self.cache[key]:
+            hint = group.hints[0]
+            value = self.graph.values[next(iter(group.members))]
+            raise HintUnmet(
+                f"no sharding of {value.name or 'this value'} {value.type} on mesh {self.mesh} "
+                f"meets the hint {hint.dims} ({hint.origin}): the axes must divide the dims they split"
+            )
+        found = self.cache[key]
+        assert isinstance(found, tuple)
+        return found
+
+    def meets(self, choice: Axes, fixed: tuple[tuple[str, ...] | None, ...]) -> bool:
+        for d, wanted in enumerate(fixed):
+            if wanted is None:
+                continue
+            real = {a for a in wanted if a in self.mesh.names and self.sizes[self.mesh.names.index(a)] > 1}
+            if {self.mesh.names[a] for a, e in enumerate(choice) if e == d} != real:
+                return False
+        return not any(e == PARTIAL for e in choice)
+
+    # memory
+
+    def add_memory(self) -> None:
+        for group in self.decisions.groups:
+            node = self.node_of[group.id]
+            uses: dict[tuple[int, int], Costs] = {}
+            for v, mapping in group.members.items():
+                span = self.live.spans[v]
+                if span[0] >= span[1]:
+                    continue
+                nbytes = self.graph.values[v].type.nbytes
+                usage = self.usage(self.choices_of(group.id), mapping, nbytes)
+                uses[span] = uses[span] + usage if span in uses else usage
+            if node < 0:
+                node = self.fixed_memory(uses)
+            else:
+                self.uses[node].extend(Use(b, e, u) for (b, e), u in uses.items())
+
+    def fixed_memory(self, uses: Mapping[tuple[int, int], Costs]) -> int:
+        """Values with one choice still take room: one node holds them all."""
+        if not hasattr(self, "rest"):
+            self.rest = self.node(Meaning("rest", 0, ((),)), "values too small to split")
+        for (b, e), u in uses.items():
+            if u[0] >= 1024:
+                self.uses[self.rest].append(Use(b, e, u[:1]))
+        return -1
+
+    def choices_of(self, group: int) -> tuple[Axes, ...]:
+        return self.lists[group]
+
+    def usage(self, choices: tuple[Axes, ...], mapping: DimMap, nbytes: int) -> Costs:
+        key = ("usage", id(choices), nbytes)
+        if key not in self.cache:
+            split = np.array(
+                [
+                    np.prod([n for e, n in zip(c, self.sizes, strict=True) if e >= 0], initial=1.0)
+                    for c in choices
+                ]
+            )
+            self.cache[key] = np.ceil(nbytes / split)
+        out: Costs = self.cache[key]
+        return out
+
+    # copies
+
+    def add_copies(self) -> None:
+        consumers = self.graph.consumers()
+        for value in self.graph.values:
+            v = value.id
+            group = self.decisions.group_of[v]
+            node = self.node_of[group]
+            if node < 0 or len(consumers[v]) < 2 or self.decisions.partial[v]:
+                continue
+            for near in self.near_readers(v, group, consumers[v]):
+                self.add_copy(v, node, near)
+
+    def near_readers(
+        self, v: int, group: int, readers: Sequence[tuple[int, int]]
+    ) -> list[list[tuple[int, int]]]:
+        """Readers in the same region and close together, that decide for themselves."""
+        out: list[list[tuple[int, int]]] = []
+        for c, k in readers:
+            op = self.graph.ops[c]
+            if op.is_link or self.anchor_group(op) == group:
+                continue
+            last = out[-1][-1] if out else None
+            if (
+                last is not None
+                and self.graph.ops[last[0]].region == op.region
+                and c - last[0] <= _NEAR
+            ):
+                out[-1].append((c, k))
+            else:
+                out.append([(c, k)])
+        return [near for near in out if len({c for c, _ in near}) > 1]
+
+    def anchor_group(self, op: Op) -> int:
+        anchor = self.decisions.anchors[op.id]
+        if anchor is None:
+            return -1
+        side, k = anchor
+        return self.decisions.group_of[(op.inputs if side == "operand" else op.outputs)[k]]
+
+    def add_copy(self, v: int, node: int, near: list[tuple[int, int]]) -> None:
+        group = self.decisions.groups[self.decisions.group_of[v]]
+        value = self.graph.values[v]
+        axes = self.member_axes(self.meanings[node].choices, group.members[v])
+        shape = tuple(
+            group.shape[m] if m >= 0 else 1 for m in group.members[v]
+        )
+        key = ("copy choices", shape)
+        if key not in self.cache:
+            self.cache[key] = value_choices(shape, self.sizes)
+        choices = self.cache[key]
+        copy = self.node(Meaning("copy", v, choices), f"copy of {self.labels[node]}")
+        region = self.graph.ops[near[0][0]].region
+        self.edges.append(
+            Edge(node, copy, self.matrix(axes, choices, value.type.nbytes, self.trips[region]))
+        )
+        for reader in near:
+            self.copies[reader] = copy
+
+    # operations
+
+    def add_op(self, op: Op) -> tuple[int, tuple[Strategy, ...]]:
+        owner, table, own = self.strategies_of(op)
+        cost = self.compute(op, table)
+        if own:
+            owner = self.node(Meaning("op", op.id, table), f"{op.name} {op.source}".strip())
+        if owner < 0:
+            self.constant += float(cost[0]) / PICO
+        else:
+            self.costs[owner] += cost
+        for k, v in enumerate(op.inputs):
+            if self.graph.values[v].type.size > 1 and self.graph.values[v].kind != "literal":
+                self.connect(op, "operand", k, v, owner, table)
+        for k, v in enumerate(op.outputs):
+            if self.graph.values[v].type.size > 1:
+                self.connect(op, "result", k, v, owner, table)
+        return owner, table
+
+    def strategies_of(self, op: Op) -> tuple[int, tuple[Strategy, ...], bool]:
+        """(owner node or -1, strategy per choice of the owner, whether it needs its own node)."""
+        groups = self.linear_groups(op)
+        anchor = self.decisions.anchors[op.id]
+        if op.effects:
+            return -1, self.cache.setdefault("nowhere", ((-1,) * len(self.sizes),)), False
+        if anchor is None:
+            key: tuple[Any, ...] = ("strategies", id(op.rule), groups)
+            if key not in self.cache:
+                self.cache[key] = strategies(op.rule, self.sizes, groups)
+            table = self.cache[key]
+            return -1, table, len(table) > 1
+        side, k = anchor
+        v = (op.inputs if side == "operand" else op.outputs)[k]
+        group = self.decisions.group_of[v]
+        mapping = self.decisions.groups[group].members[v]
+        choices = self.choices_of(group)
+        key = ("table", id(op.rule), anchor, id(choices), mapping, groups)
+        if key not in self.cache:
+            dims = (op.rule.operands if side == "operand" else op.rule.results)[k]
+            self.cache[key] = tuple(
+                strategy_from(op.rule, dims, axes, self.sizes, groups[0] if groups else None)
+                for axes in self.member_axes(choices, mapping)
+            )
+        return self.node_of[group], self.cache[key], False
+
+    def linear_groups(self, op: Op) -> tuple[int, ...]:
+        """Linear groups of operands that may all be partial, when the results may be too."""
+        if op.is_link or not any(self.decisions.partial[v] for v in op.inputs):
+            return ()
+        return tuple(
+            g
+            for g, members in enumerate(op.rule.linear)
+            if all(self.decisions.partial[op.inputs[k]] for k in members)
+        )
+
+    def compute(self, op: Op, table: tuple[Strategy, ...]) -> Costs:
+        counted = self.reads[op.id]
+        key = ("compute", id(op.rule), id(table), counted, self.trips[op.region])
+        if key not in self.cache:
+            if op.is_link:
+                self.cache[key] = np.zeros(len(table))
+            else:
+                known: dict[Strategy, float] = {}
+                for s in table:
+                    if s not in known:
+                        known[s] = op_seconds(self.graph, op, s, self.mesh, self.cluster, self.links, counted)
+                trips = self.trips[op.region] * PICO
+                self.cache[key] = np.array([known[s] for s in table]) * trips
+        out: Costs = self.cache[key]
+        return out
+
+    # edges
+
+    def member_axes(self, choices: tuple[Axes, ...], mapping: DimMap) -> tuple[Axes, ...]:
+        """Choices of a group as shardings of one member."""
+        if mapping == tuple(range(len(mapping))):
+            return choices
+        key = ("member", id(choices), mapping)
+        if key not in self.cache:
+            inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
+            self.cache[key] = tuple(
+                tuple(inverse[e] if e >= 0 else e for e in c) for c in choices
+            )
+        out: tuple[Axes, ...] = self.cache[key]
+        return out
+
+    def wants(self, op: Op, side: str, k: int, table: tuple[Strategy, ...]) -> tuple[Axes, ...]:
+        key = ("wants", id(op.rule), side, k, id(table))
+        if key not in self.cache:
+            axes = operand_axes if side == "operand" else result_axes
+            known: dict[Strategy, Axes] = {}
+            for s in table:
+                if s not in known:
+                    known[s] = axes(op.rule, k, s, self.sizes)
+            self.cache[key] = tuple(known[s] for s in table)
+        out: tuple[Axes, ...] = self.cache[key]
+        return out
+
+    def connect(
+        self, op: Op, side: str, k: int, v: int, owner: int, table: tuple[Strategy, ...]
+    ) -> None:
+        wants = self.wants(op, side, k, table)
+        group = self.decisions.group_of[v]
+        node = self.node_of[group]
+        copy = self.copies.get((op.id, k), -1) if side == "operand" else -1
+        if copy >= 0:
+            node, axes = copy, self.meanings[copy].choices
+        else:
+            axes = self.member_axes(self.choices_of(group), self.decisions.groups[group].members[v])
+        nbytes = self.graph.values[v].type.nbytes
+        trips = self.trips[op.region]
+        if side == "operand":
+            matrix = self.matrix(axes, wants, nbytes, trips)
+        else:
+            matrix = self.matrix(wants, axes, nbytes, trips)
+        self.place(matrix, *((node, owner) if side == "operand" else (owner, node)))
+
+    def place(self, matrix: Costs, u: int, v: int) -> None:
+        """Add a cost matrix between two nodes, one of which may be absent or the same."""
+        if u >= 0 and u == v:
+            self.costs[u] += np.diagonal(matrix)
+        elif u >= 0 and v >= 0:
+            if matrix.any():
+                self.edges.append(Edge(u, v, matrix))
+        elif u >= 0:
+            self.costs[u] += matrix[:, 0]
+        elif v >= 0:
+            self.costs[v] += matrix[0, :]
+        else:
+            self.constant += float(matrix[0, 0]) / PICO
+
+    def matrix(
+        self, source: tuple[Axes, ...], target: tuple[Axes, ...], nbytes: float, trips: float
+    ) -> Costs:
+        """Reshard picoseconds from every source to every target sharding."""
+        key = ("matrix", id(source), id(target), nbytes, trips)
+        if key in self.cache:
+            out: Costs = self.cache[key][0]
+            return out
+        rows, row_of = _distinct(source)
+        columns, column_of = _distinct(target)
+        small_key = ("small", rows, columns, nbytes, trips)
+        if small_key not in self.cache:
+            small = np.empty((len(rows), len(columns)))
+            for i, f in enumerate(rows):
+                for j, t in enumerate(columns):
+                    small[i, j] = self.reshard(f, t, nbytes, trips)
+            self.cache[small_key] = np.round(small)
+        full = self.cache[small_key][np.ix_(row_of, column_of)]
+        self.cache[key] = (full, source, target)  # keeps both alive, so that their ids stay theirs
+        return full  # type: ignore[no-any-return]
+
+    def reshard(self, f: Axes, t: Axes, nbytes: float, trips: float) -> float:
+        if f == t:
+            return 0.0
+        moves = steps(f, t, self.sizes)
+        if moves is None:
+            return INFINITY
+        return reshard_seconds(moves, nbytes, self.links) * trips * PICO
+
+
+def op_seconds(
+    graph: Graph,
+    op: Op,
+    strategy: Strategy,
+    mesh: Mesh,
+    cluster: Cluster,
+    links: Sequence[AxisLink],
+    counted: frozenset[int],
+) -> float:
+    """Seconds of one run of an operation under a strategy: roofline, and halo exchange.
+
+    counted: tensors (operands first, then results) whose memory traffic this operation pays.
+    """
+    rule, split = op.rule, parts(strategy, mesh.sizes)
+    types = [graph.values[v].type for v in (*op.inputs, *op.outputs)]
+    moved = 0.0
+    if rule.moved is not None and not rule.fuses:
+        moved = rule.moved / split
+    else:
+        for k in counted:
+            axes = tensor_of(op, k, strategy, mesh.sizes)
+            moved += types[k].nbytes / _shards(axes, mesh.sizes)
+    flops = rule.flops / split
+    time = compute_seconds(
+        cluster.chip, flops, moved, types[0].dtype if types else "float32", op.name in MATRIX_OPS
+    )
+    return time + _halo_seconds(op, strategy, mesh, links, types)
+
+
+def tensor_of(op: Op, k: int, strategy: Strategy, sizes: tuple[int, ...]) -> Axes:
+    """Sharding of tensor k, operands first and then results, under a strategy."""
+    if k < len(op.inputs):
+        return operand_axes(op.rule, k, strategy, sizes)
+    return result_axes(op.rule, k - len(op.inputs), strategy, sizes)
+
+
+def _shards(axes: Axes, sizes: Sequence[int]) -> int:
+    out = 1
+    for e, n in zip(axes, sizes, strict=True):
+        if e > BROADCAST:
+            out *= n
+    return out
+
+
+def _halo_seconds(
+    op: Op, strategy: Strategy, mesh: Mesh, links: Sequence[AxisLink], types: Sequence[Type]
+) -> float:
+    """Seconds to fetch the window's overhang from the neighbours."""
+    total = 0.0
+    for f, n in factor_parts(strategy, mesh.sizes).items():
+        factor = op.rule.factors[f]
+        if factor.kind != "halo" or not factor.halo:
+            continue
+        axis = strategy.index(f)
+        for k, dims in enumerate(op.rule.operands):
+            if any(f in dim for dim in dims):
+                share = types[k].nbytes / _shards(operand_axes(op.rule, k, strategy, mesh.sizes), mesh.sizes)
+                share *= min(1.0, factor.halo * n / factor.size)
+                total += seconds("permute", share, links[axis])
+    return total
+
+
+def _counted_reads(
+    graph: Graph, decisions: Decisions, live: Liveness
+) -> tuple[frozenset[int], ...]:
+    """Per op the tensors whose traffic it pays: a fused chain reads what it shares only once."""
+    seen: set[tuple[int, int, int]] = set()
+    out = []
+    for op in graph.ops:
+        fused = op.rule.fuses
+        counted = set()
+        for k, v in enumerate(op.inputs):
+            if graph.values[v].kind == "literal":
+                continue
+            if not fused:
+                counted.add(k)
+                continue
+            key = (v, decisions.group_of[op.outputs[0]] if op.outputs else -1, op.region)
+            if live.stored[v] and key not in seen:
+                seen.add(key)
+                counted.add(k)
+        for k, v in enumerate(op.outputs):
+            if live.stored[v] or not fused:
+                counted.add(len(op.inputs) + k)
+        out.append(frozenset(counted))
+    return tuple(out)
+
+
+def _distinct(axes: tuple[Axes, ...]) -> tuple[tuple[Axes, ...], list[int]]:
+    index: dict[Axes, int] = {}
+    order = [index.setdefault(a, len(index)) for a in axes]
+    return tuple(index), order
+
+
+def _label(graph: Graph, group: Group) -> str:
+    for v in group.members:
+        if graph.values[v].name:
+            return graph.values[v].name
+    return f"value {min(group.members)}"

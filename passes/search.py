@@ -1,0 +1,237 @@
+"""Which mesh, and which plan on it?  `search(graph, cluster, ...) -> Found`.
+
+Every sensible factorisation of the device count into at most three axes is tried, the slowest axis
+first, so that the last axis lies on the fastest links. On each mesh the Problem is built once; the
+expert baselines are read back from it as starting points, so that the answer never costs more than
+any of them. The meshes and baselines that lost stay as alternatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cost_models.cluster import Cluster
+from cost_models.topology import lay
+from cost_models.units import format_bytes
+from passes.assemble import assemble, cost_of
+from passes.baselines import BASELINES, baseline
+from passes.batch import find_batch
+from passes.decisions import Decisions, decide
+from passes.ir.graph import Graph, Hint
+from passes.ir.mesh import Mesh
+from passes.ir.plan import Alternative, Plan
+from passes.liveness import Liveness, liveness
+from passes.price import HintUnmet, Priced, price
+from passes.solve.ilp import solve
+from passes.solve.problem import Problem, Solution
+
+SOLVERS = ("ilp", "propagate", *BASELINES)
+AXIS_NAMES = ("data", "model", "seq")
+Progress = Callable[[str], None]
+
+
+class NoFeasiblePlan(ValueError):
+    """No plan fits: the sentence says how many bytes short, who holds them, and what would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The plan, and the priced problem and solution behind it (for explanations)."""
+
+    plan: Plan
+    priced: Priced
+    solution: Solution
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a search is about: the function, the machine and the user's wishes."""
+
+    graph: Graph
+    cluster: Cluster
+    hints: tuple[Hint, ...]
+    limit: float
+    decisions: Decisions
+    live: Liveness
+    state: tuple[tuple[int, int], ...]
+
+
+def search(
+    graph: Graph,
+    cluster: Cluster,
+    *,
+    mesh: Mesh | None = None,
+    hints: Sequence[Hint] = (),
+    memory_limit: float | None = None,
+    solver: str = "ilp",
+    state: Sequence[tuple[int, int]] = (),
+    progress: Progress | None = None,
+) -> Found:
+    """The best plan found. graph: without dead code. hints: all of them, the graph's included.
+
+    state: (input, output) pairs in which the output takes the input's place at the next step; they
+    get one sharding, and share memory where the input is donated. memory_limit: bytes per device,
+    None for the cluster's. Raises NoFeasiblePlan.
+    """
+    limit = cluster.memory_limit if memory_limit is None else memory_limit
+    tied = replace(graph, ties=(*graph.ties, *state))
+    setting = Setting(
+        graph,
+        cluster,
+        tuple(hints),
+        limit,
+        decide(tied, hints),
+        liveness(graph, [p for p in state if p[0] in graph.donated]),
+        tuple(state),
+    )
+    batch = find_batch(graph, [p[0] for p in state])
+    meshes = [mesh] if mesh is not None else candidate_meshes(cluster, _names(hints))
+    if solver not in ("ilp", "propagate"):
+        meshes = _natural(solver, meshes)
+    tell = progress or (lambda _: None)
+    answers: list[tuple[Priced, Solution]] = []
+    lost: list[Alternative] = []
+    for m in meshes:
+        tell(f"mesh {m}")
+        priced, solution, others = _on_mesh(setting, m, batch, solver)
+        lost += others
+        if solution.choice:
+            answers.append((priced, solution))
+        else:
+            lost.append(Alternative(solver, _axes(m), None, _why(priced.problem, solution)))
+    if not answers:
+        raise NoFeasiblePlan(_message(setting, lost))
+    answers.sort(key=lambda a: (a[1].cost + a[0].constant * 1e12))
+    priced, solution = answers[0]
+    plan = assemble(priced, solution, solver, limit)
+    for p, s in answers[1:]:
+        cost = cost_of(p, s.choice)
+        lost.append(Alternative(solver, _axes(p.mesh), cost, _compare(plan, cost.step_time)))
+    order = sorted(lost, key=lambda a: (a.cost is None, a.cost.step_time if a.cost else 0.0))
+    return Found(replace(plan, alternatives=tuple(order)), priced, solution)
+
+
+def _on_mesh(
+    setting: Setting, mesh: Mesh, batch: Sequence[int], solver: str
+) -> tuple[Priced, Solution, list[Alternative]]:
+    """The answer on one mesh, with the baselines on it."""
+    priced = price(
+        setting.graph, mesh, setting.cluster, setting.decisions, setting.live, setting.limit
+    )
+    if solver != "ilp":
+        choice = baseline(solver, priced, setting.hints, batch)
+        return priced, fixed(priced.problem, choice), []
+    starts, others = [], []
+    for name in ("propagate", *BASELINES):
+        choice = baseline(name, priced, setting.hints, batch)
+        starts.append(choice)
+        cost = cost_of(priced, choice) if priced.problem.cost(choice) < 1e18 else None
+        note = ""
+        if cost is None:
+            note = "breaks a hint"
+        elif cost.peak_memory > setting.limit:
+            note = f"needs {format_bytes(cost.peak_memory)} of memory"
+        others.append(Alternative(name, _axes(mesh), cost, note))
+    return priced, _solve_within(priced, starts, setting.limit), others
+
+
+def _solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) -> Solution:
+    """Solve, and again with a tighter limit while the exact memory count is above the real one."""
+    problem = priced.problem
+    solution = solve(problem, starts=starts)
+    for _ in range(4):
+        if not solution.choice:
+            return solution
+        peak = cost_of(priced, solution.choice).peak_memory
+        if peak <= limit:
+            return solution
+        over = peak - limit
+        tighter = (problem.limit or limit) - over * 1.1
+        if tighter <= 0:
+            break
+        problem = replace(problem, limit=tighter)
+        solution = solve(problem, starts=starts)
+    return solution
+
+
+def fixed(problem: Problem, choice: Sequence[int]) -> Solution:
+    """A given choice as a Solution, feasible or not."""
+    cost = problem.cost(choice)
+    peak = float(problem.memory(choice).max(initial=0.0))
+    return Solution(tuple(choice), cost, cost, peak, "fixed")
+
+
+# Meshes
+
+
+def candidate_meshes(cluster: Cluster, names: Sequence[str] = ()) -> list[Mesh]:
+    """Factorisations of the device count into one to three axes, without those that are the same.
+
+    names: axis names that hints use; every mesh then has them all, in this order.
+    """
+    wanted = [*names, *(n for n in AXIS_NAMES if n not in names)]
+    least = max(1, len(names))
+    out: list[Mesh] = []
+    seen: set[object] = set()
+    for count in range(least, max(3, least) + 1):
+        for sizes in _factorisations(cluster.devices, count, 1 if names else 2):
+            links = lay(cluster, sizes)
+            # Without hints the names mean nothing: the same links in another order are the same mesh.
+            key: object = sizes if names else tuple(sorted(map(repr, links)))
+            if key not in seen:
+                seen.add(key)
+                out.append(Mesh(tuple(wanted[:count]), sizes))
+    return out or [Mesh((wanted[0],), (cluster.devices,))]
+
+
+def _factorisations(n: int, count: int, least: int) -> list[tuple[int, ...]]:
+    if count == 1:
+        return [(n,)] if n >= least else []
+    out = []
+    for first in sorted((d for d in range(least, n + 1) if n % d == 0), reverse=True):
+        out += [(first, *rest) for rest in _factorisations(n // first, count - 1, least)]
+    return out
+
+
+def _natural(solver: str, meshes: Sequence[Mesh]) -> list[Mesh]:
+    """The meshes an expert would use a baseline on: one axis, or two for fsdp+tp."""
+    want = 2 if solver == "fsdp+tp" else 1
+    found = [m for m in meshes if len([s for s in m.sizes if s > 1]) == want]
+    return found or list(meshes)
+
+
+def _names(hints: Sequence[Hint]) -> tuple[str, ...]:
+    names = [a for h in hints for axes in h.dims if axes for a in axes]
+    order = {n: k for k, n in enumerate(AXIS_NAMES)}
+    return tuple(sorted(dict.fromkeys(names), key=lambda n: (order.get(n, 99),)))
+
+
+def _axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    return tuple(zip(mesh.names, mesh.sizes, strict=True))
+
+
+# Words
+
+
+def _compare(plan: Plan, seconds: float) -> str:
+    ratio = seconds / plan.cost.step_time if plan.cost.step_time else math.inf
+    return f"{ratio:.2f}x the step time"
+
+
+def _why(problem: Problem, solution: Solution) -> str:
+    short = solution.shortage
+    if short is None:
+        return "no feasible choice found"
+    return f"{format_bytes(short.needed - (problem.limit or 0))} short even at its smallest"
+
+
+def _message(setting: Setting, lost: Sequence[Alternative]) -> str:
+    notes = "; ".join(
+        f"{' '.join(f'{n}={s}' for n, s in a.mesh)}: {a.note}" for a in lost if a.cost is None
+    )
+    return f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. {notes}"
+
+
+__all__ = ["SOLVERS", "Found", "HintUnmet", "Mapping", "NoFeasiblePlan", "candidate_meshes", "search"]
