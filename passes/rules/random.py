@@ -3,7 +3,9 @@
 jax's threefry generator hashes (key, index of the element), so every device can make its piece of
 the numbers from the key alone (`jax_threefry_partitionable`, the default since jax 0.5). The
 generators built into XLA (`rbg`, `rng_uniform`, `rng_bit_generator`) step through one state: their
-numbers would depend on how they are split, so they stay whole.
+numbers would depend on how they are split, so they stay whole. New keys of `rbg` come from
+threefry, those of `unsafe_rbg` do not (jax's documentation, "jax.random", "Advanced RNG
+configuration").
 
 A threefry hash of two words is 20 rounds of an addition, a rotation and an exclusive or, and six
 key additions (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): about a
@@ -23,23 +25,20 @@ from passes.rules.registry import rule
 _HASH_FLOPS = 110.0
 
 
-def _counts_elements(key: Type) -> bool:
-    """Whether keys of this type belong to the threefry generator."""
-    return "fry" in key.dtype
+def _counts_elements(s: Signature, key: Type) -> bool:
+    """Whether an operation on such keys hashes the index of each element."""
+    return "fry" in key.dtype or (key.dtype == "key<rbg>" and s.name != "random_bits")
 
 
 @rule("random_bits", "random_split")
 def random_bits(s: Signature) -> Rule:
     """`k -> k i j`: for each key an array of numbers, or of new keys."""
     key, made = s.operands[0], s.results[0]
+    splits = _counts_elements(s, key)
     f = Factors()
-    dims = f.parallel_dims(made.shape) if _counts_elements(key) else f.whole_dims(made.shape)
-    return f.rule(
-        [dims[: len(key.shape)]],
-        [dims],
-        flops=_HASH_FLOPS * made.size,
-        fuses=_counts_elements(key),
-    )
+    dims = f.parallel_dims(made.shape) if splits else f.whole_dims(made.shape)
+    flops = _HASH_FLOPS * made.size
+    return f.rule([dims[: len(key.shape)]], [dims], flops=flops, fuses=splits)
 
 
 @rule("random_clone")
@@ -51,7 +50,7 @@ def random_clone(s: Signature) -> Rule:
 @rule("random_fold_in", "random_seed")
 def random_fold_in(s: Signature) -> Rule:
     """A hash for each key."""
-    if not _counts_elements(s.results[0]):
+    if not _counts_elements(s, s.results[0]):
         return rng_state(s)
     return elementwise(s, _HASH_FLOPS)
 

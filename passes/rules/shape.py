@@ -93,7 +93,8 @@ def reshape(s: Signature) -> Rule:
 
     While the sizes passed so far are equal on both sides, the next factor is the greatest common
     divisor of what is left of the current dims; where that is one, both sides go on alone, in
-    pieces that stay whole, until they are level again. (Shardy decomposes in the same way.)
+    pieces that stay whole, until they are level again. What lies inside such a piece stays whole
+    too. (Shardy decomposes in the same way.)
     """
     f = Factors()
     if s.operands[0].size == 0:
@@ -117,12 +118,14 @@ def _decompose(
     while old.left > 1 or new.left > 1:
         common = math.gcd(old.left, new.left)
         if common > 1 and old.passed == new.passed:
-            shared = f.parallel(common)
+            inside = old.has_whole or new.has_whole
+            shared = f.whole(common) if inside else f.parallel(common)
             old.take(common, shared)
             new.take(common, shared)
         else:
             for side in (old, new):
                 alone = side.left // common if side.left > common else common
+                side.has_whole = True
                 side.take(alone, f.whole(alone))
     return old.dims, new.dims
 
@@ -130,7 +133,7 @@ def _decompose(
 class _Side:
     """One side of a reshape, read from its first dim to its last."""
 
-    __slots__ = ("_at", "_shape", "dims", "left", "passed")
+    __slots__ = ("_at", "_shape", "dims", "has_whole", "left", "passed")
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._shape = shape
@@ -138,11 +141,13 @@ class _Side:
         self._at = -1
         self.left = 1  # what is left of the current dim
         self.passed = 1  # product of all factors taken so far
+        self.has_whole = False  # whether a piece of the current dim stays whole
         self._next()
 
     def _next(self) -> None:
         while self.left == 1 and self._at + 1 < len(self._shape):
             self._at += 1
+            self.has_whole = False
             self.left = self._shape[self._at]
 
     def take(self, size: int, factor: Dim) -> None:
