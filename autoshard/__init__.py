@@ -1,0 +1,63 @@
+"""Say how to split a JAX function over many devices, why so, how fast and in how much memory.
+
+    plan = autoshard.plan(train_step, state, batch, cluster="tpu-v5e:4x4")
+    print(plan)
+
+Importing does no work: it starts no backend, and jax itself is imported when one of the four names
+that need it is first used, so that `autoshard --help` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from autoshard import _siblings as _siblings  # first: refuses a foreign passes or cost_models
+from cost_models.cluster import Cluster, ClusterError, UnknownCluster, cluster
+from passes.anchors import HintConflict
+from passes.hints import OPEN, HintError
+from passes.ir.mesh import MeshError
+from passes.ir.plan import PlanError
+
+if TYPE_CHECKING:
+    from autoshard.annotation import annotate
+    from autoshard.api import Plan, parallelize, plan
+    from autoshard.mesh import DevicesError
+    from passes.search import NoFeasiblePlan
+
+__all__ = [  # noqa: RUF022 (in plain order)
+    "Cluster",
+    "ClusterError",
+    "DevicesError",
+    "HintConflict",
+    "HintError",
+    "MeshError",
+    "NoFeasiblePlan",
+    "OPEN",
+    "Plan",
+    "PlanError",
+    "UnknownCluster",
+    "annotate",
+    "cluster",
+    "parallelize",
+    "plan",
+]
+
+# Where the names live that bring in jax, or a solver.
+_LATER = {
+    "DevicesError": "autoshard.mesh",
+    "NoFeasiblePlan": "passes.search",
+    "Plan": "autoshard.api",
+    "annotate": "autoshard.annotation",
+    "parallelize": "autoshard.api",
+    "plan": "autoshard.api",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module 'autoshard' has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(_LATER[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

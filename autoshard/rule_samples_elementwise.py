@@ -13,7 +13,7 @@ from jax.experimental import layout
 from jax.extend.core import primitives
 from jax.scipy import special
 
-from autoshard.annotate import annotate
+from autoshard.annotation import annotate
 from autoshard.rule_samples import Sample, Spec, c64, f32, flags, has, i32, keys, u32
 
 _UNARY = (

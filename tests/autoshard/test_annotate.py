@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from autoshard.annotate import OPEN, annotate
+from autoshard.annotation import OPEN, annotate
 from autoshard.jax_compat import open_jaxpr
 from passes.hints import HintError
 
