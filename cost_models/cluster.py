@@ -1,0 +1,258 @@
+"""Which hardware is it?  `cluster("h100:2x8")`: the chip, how many, and how they are wired.
+
+>>> c = cluster("tpu-v5e:4x4")
+>>> str(c), c.devices, c.chip.name, c.network[-1].name
+('tpu-v5e:4x4', 16, 'TPU v5e', 'ICI')
+>>> cluster("h100:16").shape   # two nodes of eight: more than one NVLink domain holds
+(2, 8)
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cost_models import cluster_file
+from cost_models.cluster_file import ClusterError as ClusterError
+
+Platform = Literal["cpu", "gpu", "tpu"]
+
+
+class UnknownCluster(ClusterError):
+    """A name that neither the catalogue nor a file knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """One device.
+
+    peak_flops: dense FLOP/s of the matrix unit per dtype. vector_flops: FLOP/s of everything else.
+    hbm_bytes: memory one program may use, in bytes; hbm_total_bytes: all there is.
+    hbm_bandwidth: bytes/s by the data sheet. matrix_efficiency, hbm_efficiency: the share of the
+    peak that a large operation reaches. kernel_latency: seconds before a kernel does anything.
+    """
+
+    name: str
+    peak_flops: Mapping[str, float] = field(hash=False)
+    vector_flops: float
+    hbm_bytes: int
+    hbm_total_bytes: int
+    hbm_bandwidth: float
+    hbm_efficiency: float = 1.0
+    matrix_efficiency: float = 1.0
+    kernel_latency: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One way in which devices, or groups of them, are joined.
+
+    bandwidth: bytes/s in one direction, of one device on a switch, of one link on a torus.
+    efficiency: the share of it that a large collective reaches. latency: seconds of one step to a
+    neighbour. startup: seconds once per collective. max_size: most devices or groups it joins, 0
+    for no limit. dims: of a torus. A torus dim is a ring where its size is wrap_at, and every dim
+    is one where all sizes are multiples of wrap_multiple (0: never).
+    """
+
+    name: str
+    kind: Literal["switch", "torus"]
+    bandwidth: float
+    latency: float
+    startup: float = 0.0
+    efficiency: float = 1.0
+    max_size: int = 0
+    dims: int = 1
+    wrap_at: int = 0
+    wrap_multiple: int = 0
+
+    def rings(self, sizes: Sequence[int]) -> tuple[bool, ...]:
+        """Per dim of a torus with these sizes whether its ends are joined."""
+        every = bool(self.wrap_multiple) and all(s % self.wrap_multiple == 0 for s in sizes)
+        return tuple(every or (s == self.wrap_at and s > 0) for s in sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """So many chips, wired so. network and shape: the outermost level first, as in `h100:2x8`.
+
+    A torus level has one entry of the shape for each of its dims.
+    """
+
+    name: str
+    platform: Platform
+    chip: Chip
+    network: tuple[Level, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in self.shape):
+            raise ClusterError(f"{self}: sizes must be whole numbers above zero")
+        if len(self.shape) != sum(level.dims for level in self.network):
+            raise ClusterError(f"{self}: write it as {_forms(self.name, self.network)}")
+        for level, sizes in zip(self.network, self.extents, strict=True):
+            _check_extent(self, level, sizes)
+
+    @property
+    def devices(self) -> int:
+        """How many devices it has."""
+        return math.prod(self.shape)
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes one device has for a program: inputs, results, temporaries and code."""
+        return self.chip.hbm_bytes
+
+    @property
+    def extents(self) -> tuple[tuple[int, ...], ...]:
+        """The shape, cut into one tuple per level of the network."""
+        out, at = [], 0
+        for level in self.network:
+            out.append(self.shape[at : at + level.dims])
+            at += level.dims
+        return tuple(out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it back."""
+        return {
+            **asdict(self),
+            "chip": {**asdict(self.chip), "peak_flops": dict(self.chip.peak_flops)},
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Cluster:
+        """The cluster that `to_dict` gave; raises ClusterError for other data."""
+        try:
+            return Cluster(
+                name=str(data["name"]),
+                platform=data["platform"],
+                chip=Chip(**data["chip"]),
+                network=tuple(Level(**level) for level in data["network"]),
+                shape=tuple(data["shape"]),
+            )
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ClusterError(f"these data describe no cluster: {e!r}") from e
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'x'.join(map(str, self.shape))}"
+
+
+def cluster(spec: str) -> Cluster:
+    """The cluster named by `h100:2x8`, `tpu-v5e:4x4`, `cpu:8` or `my_cluster.toml:4x4`.
+
+    GPUs: nodes x GPUs per node, or one number for all of them. TPUs: the torus, a number of slices
+    before it when there are several. Raises ClusterError.
+    """
+    name, sizes = _split_spec(spec)
+    path = Path(name).expanduser() if name.endswith(".toml") else cluster_file.catalogue_file(name)
+    if path is None:
+        raise UnknownCluster(_unknown(name))
+    data = cluster_file.read(path)
+    levels = tuple(Level(**level) for level in data["network"])
+    label = data["name"]
+    shape = sizes or tuple(data["shape"])
+    if not shape:
+        raise ClusterError(f"{label}: say how many devices, as {_forms(label, levels)}")
+    levels, shape = _fit(label, levels, shape)
+    return Cluster(label, data["platform"], _chip(data["chip"]), levels, shape)
+
+
+def names() -> tuple[str, ...]:
+    """Names of the clusters in the catalogue, sorted."""
+    return cluster_file.names()
+
+
+def by_device_kind(kind: str) -> str | None:
+    """The catalogue's name for a `jax.Device.device_kind` such as `TPU v5 lite`, or None."""
+    return cluster_file.by_device_kind(kind)
+
+
+def _split_spec(spec: str) -> tuple[str, tuple[int, ...]]:
+    """`h100:2x8` -> ("h100", (2, 8)); the sizes are () when there are none."""
+    if not isinstance(spec, str) or not spec.strip():
+        raise ClusterError(f"a cluster is written as text such as h100:2x8, not {spec!r}")
+    name, colon, sizes = spec.strip().rpartition(":")
+    if not colon or sizes.endswith(".toml"):
+        return spec.strip(), ()
+    if not re.fullmatch(r"[0-9]+([xX*][0-9]+)*", sizes):
+        raise ClusterError(
+            f"cannot read {sizes!r} in {spec!r} as a shape; write whole numbers with x between "
+            "them, as in h100:2x8 or tpu-v5e:4x4"
+        )
+    return name, tuple(int(s) for s in re.split(r"[xX*]", sizes))
+
+
+def _fit(
+    name: str, levels: tuple[Level, ...], shape: tuple[int, ...]
+) -> tuple[tuple[Level, ...], tuple[int, ...]]:
+    """Levels in use and a full shape: one number is spread over nodes, one slice is left out."""
+    inner, dims = levels[-1], sum(level.dims for level in levels)
+    outer = dims - inner.dims  # outer levels are switches, one size each
+    if inner.kind == "torus" and len(shape) == inner.dims:
+        return (inner,), shape
+    if inner.kind == "switch" and len(shape) == 1 and outer == 1:
+        full = inner.max_size
+        if full and shape[0] > full:
+            if shape[0] % full:
+                raise ClusterError(
+                    f"{name}:{shape[0]}: {inner.name} joins {full} devices and {shape[0]} is no "
+                    f"multiple of {full}; write nodes x devices per node, as {name}:2x{full}"
+                )
+            return levels, (shape[0] // full, full)
+        return levels, (1, *shape)
+    return levels, shape
+
+
+def _check_extent(whole: Cluster, level: Level, sizes: tuple[int, ...]) -> None:
+    """Raise ClusterError when one level is larger than the hardware allows."""
+    if level.max_size and math.prod(sizes) > level.max_size:
+        raise ClusterError(
+            f"{whole}: {level.name} joins at most {level.max_size} devices, not {math.prod(sizes)}"
+        )
+    if level.kind == "torus" and level.wrap_at and max(sizes) > level.wrap_at:
+        raise ClusterError(f"{whole}: a dim of {level.name} has at most {level.wrap_at} devices")
+
+
+def _forms(name: str, levels: tuple[Level, ...]) -> str:
+    """How a shape of this cluster may be written, for messages."""
+    inner = levels[-1]
+    if inner.kind == "torus":
+        dims = "x".join("4" * inner.dims)
+        slices = f" or 2x{dims} (two slices)" if len(levels) > 1 else ""
+        return f"{name}:{dims} ({inner.dims} torus dims){slices}"
+    most = inner.max_size or 8
+    return f"{name}:{most}" + (
+        f" or {name}:2x{most} (nodes x devices per node)" if len(levels) > 1 else ""
+    )
+
+
+def _unknown(name: str) -> str:
+    """The message for a name nobody knows: near ones, all, and how to add one."""
+    known = names()
+    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    close += [k for k in known if name.lower() in k and k not in close]
+    near = f"Near it: {', '.join(close)}. " if close else ""
+    return (
+        f"no cluster is called {name!r}. {near}The catalogue has {', '.join(known)}. To add one, "
+        f"copy a file of {cluster_file.CATALOGUE}, change its numbers, and give its path: "
+        "my_cluster.toml:2x8"
+    )
+
+
+def _chip(data: Mapping[str, Any]) -> Chip:
+    """A cluster file's [chip] table as a Chip."""
+    return Chip(
+        name=data["name"],
+        peak_flops=dict(data["peak"]),
+        vector_flops=data["vector"],
+        hbm_bytes=round(data["hbm_usable"]),
+        hbm_total_bytes=round(data["hbm_total"]),
+        hbm_bandwidth=data["hbm_bandwidth"],
+        hbm_efficiency=data["hbm_efficiency"],
+        matrix_efficiency=data["matrix_efficiency"],
+        kernel_latency=data["kernel_latency"],
+    )

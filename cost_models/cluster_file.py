@@ -1,0 +1,169 @@
+"""What does a cluster file say?  TOML with the unit in each key, read into SI units.
+
+A file describes one kind of chip and how such chips are wired; how many there are is said where it
+is used (`h100:2x8`), or by `shape = [2, 8]` in the file. `cost_models/clusters/*.toml` are the
+catalogue. The keys:
+
+    name, platform ("cpu", "gpu", "tpu"), aliases, device_kinds (as `jax.Device.device_kind`), shape
+    [chip]              name, hbm_total_GiB, hbm_usable_GiB, hbm_bandwidth_GBps, hbm_efficiency,
+                        vector_TFLOPs, matrix_efficiency, kernel_latency_us
+    [chip.peak_TFLOPs]  bfloat16, float32, int8, ...: of the matrix unit, dense
+    [[network]]         once per level, the outermost first: name, kind ("switch" or "torus"),
+                        bandwidth_GBps (one direction; of a device on a switch, of a link on a
+                        torus), efficiency, latency_us (a step), startup_us (a collective),
+                        max_size, and of a torus: dims, wrap_at, wrap_multiple
+
+Other units work too (`hbm_total_GB`, `peak_GFLOPs`). An unknown key, a missing one or a number
+without its unit is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+CATALOGUE = Path(__file__).parent / "clusters"
+
+# What a unit counts in, and how much of it.
+_UNITS: dict[str, tuple[str, float]] = {
+    "GB": ("bytes", 1e9), "GiB": ("bytes", 2.0**30), "MiB": ("bytes", 2.0**20),
+    "GBps": ("bytes/s", 1e9), "MBps": ("bytes/s", 1e6),
+    "TFLOPs": ("FLOP/s", 1e12), "GFLOPs": ("FLOP/s", 1e9),
+    "us": ("seconds", 1e-6), "ns": ("seconds", 1e-9), "ms": ("seconds", 1e-3),
+}  # fmt: skip
+
+# Field -> what it holds, and what stands in for it when the file leaves it out (... must be there).
+_FILE: dict[str, tuple[str, Any]] = {
+    "name": ("text", ...), "platform": ("platform", ...), "chip": ("table", ...),
+    "network": ("tables", ...), "aliases": ("texts", []), "device_kinds": ("texts", []),
+    "shape": ("sizes", []),
+}  # fmt: skip
+_CHIP: dict[str, tuple[str, Any]] = {
+    "name": ("text", ...), "peak": ("FLOP/s per dtype", ...), "vector": ("FLOP/s", ...),
+    "hbm_total": ("bytes", ...), "hbm_usable": ("bytes", ...), "hbm_bandwidth": ("bytes/s", ...),
+    "hbm_efficiency": ("share", 1.0), "matrix_efficiency": ("share", 1.0),
+    "kernel_latency": ("seconds", 0.0),
+}  # fmt: skip
+_LEVEL: dict[str, tuple[str, Any]] = {
+    "name": ("text", ...), "kind": ("kind", ...), "bandwidth": ("bytes/s", ...),
+    "latency": ("seconds", ...), "startup": ("seconds", 0.0), "efficiency": ("share", 1.0),
+    "max_size": ("whole", 0), "dims": ("whole", 1), "wrap_at": ("whole", 0),
+    "wrap_multiple": ("whole", 0),
+}  # fmt: skip
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be: a shape its wires do not allow, or data that describe none."""
+
+
+class ClusterFileError(ClusterError):
+    """A cluster file that cannot be read: where it is wrong and which keys it may have."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file as plain data in bytes, seconds, bytes/s and FLOP/s; raises ClusterFileError."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ClusterFileError(f"cannot read the cluster file {path}: {e.strerror or e}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ClusterFileError(f"the cluster file {path} is no TOML: {e}") from e
+    out = _table(data, _FILE, str(path))
+    out["chip"] = _table(out["chip"], _CHIP, f"{path} [chip]")
+    out["network"] = [
+        _table(level, _LEVEL, f"{path} [[network]] {k + 1}")
+        for k, level in enumerate(out["network"])
+    ]
+    return out
+
+
+def names() -> tuple[str, ...]:
+    """Names of the clusters in the catalogue, sorted."""
+    return tuple(sorted(file.stem for file in CATALOGUE.glob("*.toml")))
+
+
+def catalogue_file(name: str) -> Path | None:
+    """The catalogue's file for this name or alias (`v5e` for `tpu-v5e`), or None."""
+    wanted = name.strip().lower()
+    if wanted in names():
+        return CATALOGUE / f"{wanted}.toml"
+    for known in names():
+        file = CATALOGUE / f"{known}.toml"
+        if wanted in read(file)["aliases"]:
+            return file
+    return None
+
+
+def by_device_kind(kind: str) -> str | None:
+    """The catalogue's name for a `jax.Device.device_kind`, or None."""
+    for name in names():
+        if kind in read(CATALOGUE / f"{name}.toml")["device_kinds"]:
+            return name
+    return None
+
+
+def _table(
+    data: Mapping[str, Any], fields: Mapping[str, tuple[str, Any]], where: str
+) -> dict[str, Any]:
+    """The table's values by field name, units applied, left-out fields filled in."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        field, unit = _split(key, fields)
+        if field not in fields:
+            raise ClusterFileError(f"{where}: unknown key {key!r}; known are {', '.join(fields)}")
+        out[field] = _checked(value, fields[field][0], unit, f"{where}: {key}")
+    missing = [f for f, (_, default) in fields.items() if default is ... and f not in out]
+    if missing:
+        raise ClusterFileError(f"{where}: no {' and no '.join(missing)}")
+    return {f: out.get(f, default) for f, (_, default) in fields.items()}
+
+
+def _split(key: str, fields: Mapping[str, Any]) -> tuple[str, str]:
+    """`hbm_bandwidth_GBps` -> ("hbm_bandwidth", "GBps"); ("hbm_bandwidth", "") without a unit."""
+    found = re.fullmatch(r"(.+)_([A-Za-z]+)", key)
+    return (found[1], found[2]) if found and key not in fields else (key, "")
+
+
+def _checked(value: Any, holds: str, unit: str, where: str) -> Any:
+    """The value as its field holds it, in SI units; raises ClusterFileError."""
+    if holds == "FLOP/s per dtype":
+        if not isinstance(value, dict) or not value:
+            raise ClusterFileError(f"{where} is {value!r}, not a table of FLOP/s per dtype")
+        return {k: _checked(v, "FLOP/s", unit, f"{where}.{k}") for k, v in value.items()}
+    units = [u for u, (kind, _) in _UNITS.items() if kind == holds]
+    if units:
+        if unit not in units:
+            raise ClusterFileError(f"{where}: say the unit in the key: {', '.join(units)}")
+        if not _is_number(value) or not (value > 0 or (value == 0 and holds == "seconds")):
+            raise ClusterFileError(f"{where} is {value!r}, not a number above zero")
+        return value * _UNITS[unit][1]
+    fits, wanted = _PLAIN[holds]
+    if unit or not fits(value):
+        raise ClusterFileError(f"{where} is {value!r}, not {wanted}")
+    return value
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_list(x: Any, of: type) -> bool:
+    return isinstance(x, list) and all(isinstance(e, of) and not isinstance(e, bool) for e in x)
+
+
+# What a field without a unit holds -> whether a value is that, and how to say it.
+_PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "text": (lambda x: isinstance(x, str), "text"),
+    "texts": (lambda x: _is_list(x, str), "a list of texts"),
+    "platform": (lambda x: x in ("cpu", "gpu", "tpu"), "cpu, gpu or tpu"),
+    "kind": (lambda x: x in ("switch", "torus"), "switch or torus"),
+    "table": (lambda x: isinstance(x, dict), "a table"),
+    "tables": (lambda x: _is_list(x, dict) and bool(x), "one or more [[network]] tables"),
+    "sizes": (lambda x: _is_list(x, int) and all(n > 0 for n in x), "a list such as [2, 8]"),
+    "whole": (lambda x: _is_list([x], int) and x >= 0, "a whole number"),
+    "share": (lambda x: _is_number(x) and 0 < x <= 1, "a share above 0 and at most 1"),
+}

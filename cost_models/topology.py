@@ -1,0 +1,235 @@
+"""What bandwidth and latency does a mesh axis get?  It depends on the wires it is laid on.
+
+>>> from cost_models.cluster import cluster
+>>> data, model = lay(cluster("h100:2x8"), (2, 8))
+>>> f"{data.bandwidth / 1e9:.0f} GB/s across nodes, {model.bandwidth / 1e9:.0f} GB/s inside one"
+'47 GB/s across nodes, 368 GB/s inside one'
+
+Axes are laid as JAX lays them. On switches (GPUs, CPUs) devices are counted row-major, the last
+axis fastest, so that it stays inside a node as long as it fits. On a torus each axis takes whole
+torus dims where it can and shares a dim otherwise, the last axis first, as
+`jax.experimental.mesh_utils.create_device_mesh(..., allow_split_physical_axes=True)` does; several
+slices are split over the slowest axes.
+
+What an axis gets on one level (https://jax-ml.github.io/scaling-book/sharding):
+
+* a switch: the device's own bandwidth to it. An axis with k devices in each node has k network
+  cards to leave by, so an all-gather over nodes runs at min(NVLink, k * card); an all-to-all cannot
+  share cards, since each device's data leave by its own;
+* a torus dim of size n that is wrapped: a ring, both directions at once, 2 * link; an open one:
+  link. An axis over several dims uses all their links. Where an axis steps over s devices of a dim,
+  s such axes share the same links, and each has a share of 1 / s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+from cost_models.cluster import Cluster, Level
+
+
+@dataclass(frozen=True, slots=True)
+class AxisLink:
+    """What the devices along one mesh axis, or several used as one, can do together.
+
+    bandwidth: bytes/s one device sends in an all-gather or a reduction, all its directions counted.
+    exchange: bytes/s of its own operand that one device can bring to all others in an all-to-all.
+    shift: bytes/s it can send to the next device alone. latency: seconds of one step to the next
+    device. sweep: seconds of the steps of one all-gather together. startup: seconds once per
+    collective. ring: whether the way ends where it began. via: names of the levels it uses.
+    """
+
+    size: int
+    bandwidth: float
+    exchange: float
+    shift: float
+    latency: float
+    sweep: float
+    startup: float
+    ring: bool
+    via: tuple[str, ...]
+
+
+ALONE = AxisLink(1, math.inf, math.inf, math.inf, 0.0, 0.0, 0.0, True, ())
+
+
+def lay(cluster: Cluster, sizes: tuple[int, ...]) -> tuple[AxisLink, ...]:
+    """The link of each mesh axis, slowest first; raises ValueError when the sizes do not fit."""
+    place(cluster, tuple(sizes))  # refuses sizes that do not fit, also when there are none
+    return tuple(join(cluster, sizes, (axis,)) for axis in range(len(sizes)))
+
+
+def join(cluster: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> AxisLink:
+    """The link of several mesh axes (indices) that one collective uses together."""
+    whole = math.prod(sizes[a] for a in axes)
+    placed = place(cluster, tuple(sizes))
+    if whole == 1:
+        return ALONE
+    together = [min(whole, math.prod(reach[a] for a in axes)) for reach in placed.reach]
+    hops = []
+    for k, level in enumerate(reversed(cluster.network)):
+        below = together[k - 1] if k else 1
+        if together[k] == below:
+            continue  # no two of its devices meet at this level for the first time
+        if level.kind == "torus":
+            hops.append(_on_torus(level, cluster.extents[-1], [placed.factors[a] for a in axes]))
+        else:
+            hops.append(_on_switch(level, whole, together[k], below, outer=k > 0))
+    return AxisLink(
+        size=whole,
+        bandwidth=min(h.bandwidth for h in hops),
+        exchange=min(h.exchange for h in hops),
+        shift=min(h.shift for h in hops),
+        latency=max(h.latency for h in hops),
+        sweep=sum(h.sweep for h in hops),
+        startup=max(h.startup for h in hops),
+        ring=all(h.ring for h in hops),
+        via=tuple(name for h in hops for name in h.via),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the axes lie. reach[level][axis]: how many of an axis's devices are joined up to there.
+
+    Levels run from the innermost. factors[axis][dim]: on a torus, the part of each torus dim that
+    the axis takes, and the step it takes in it.
+    """
+
+    reach: tuple[tuple[int, ...], ...]
+    factors: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+
+@lru_cache(maxsize=1024)
+def place(cluster: Cluster, sizes: tuple[int, ...]) -> Placement:
+    """Lay mesh axes onto the levels of a cluster; raises ValueError when they do not fit."""
+    if any(n < 1 for n in sizes) or math.prod(sizes) != cluster.devices:
+        raise ValueError(
+            f"a mesh of {' x '.join(map(str, sizes)) or 'no axes'} has {math.prod(sizes)} devices, "
+            f"but {cluster} has {cluster.devices}"
+        )
+    if cluster.network[-1].kind == "torus":
+        return _place_on_torus(cluster, sizes)
+    strides = [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
+    spans = itertools.accumulate((e[0] for e in reversed(cluster.extents)), lambda a, b: a * b)
+    return Placement(
+        tuple(
+            tuple(_within(n, s, span) for n, s in zip(sizes, strides, strict=True))
+            for span in spans
+        )
+    )
+
+
+def _within(size: int, stride: int, span: int) -> int:
+    """How many devices of an axis lie in one block of `span` devices in a row.
+
+    One, the most expensive case, where blocks and axis do not divide each other.
+    """
+    reach = size * stride
+    if span % reach == 0:
+        return size
+    if span % stride == 0 and reach % span == 0:
+        return span // stride
+    return 1
+
+
+def _place_on_torus(cluster: Cluster, sizes: tuple[int, ...]) -> Placement:
+    """Slices over the slowest axes, then the torus dims of one slice over what is left."""
+    reach: list[tuple[int, ...]] = [sizes]
+    inner = list(sizes)
+    for extent in cluster.extents[:-1]:  # the outermost level joins all that is not split by it
+        left = extent[0]
+        for axis, size in enumerate(inner):
+            taken = math.gcd(size, left)
+            inner[axis], left = size // taken, left // taken
+        reach.insert(0, tuple(inner))
+    takes = assign(cluster.extents[-1], tuple(inner))
+    factors = []
+    for axis, take in enumerate(takes):
+        steps = (math.prod(t[dim] for t in takes[axis + 1 :]) for dim in range(len(take)))
+        factors.append(tuple(zip(take, steps, strict=True)))
+    return Placement(tuple(reach), tuple(factors))
+
+
+def assign(dims: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Per mesh axis the factor it takes of each torus dim, chosen as jax's mesh_utils chooses.
+
+    The last axis chooses first: whole dims before parts of them, then more dims, then the first.
+
+    >>> assign((4, 4), (2, 8))
+    ((1, 2), (4, 2))
+    """
+    left = dims
+    takes: list[tuple[int, ...]] = []
+    for size in reversed(sizes):
+        best = max(_splits(size, left), key=partial(_preference, dims, left))
+        left = tuple(r // t for r, t in zip(left, best, strict=True))
+        takes.insert(0, best)
+    return tuple(takes)
+
+
+def _preference(
+    dims: tuple[int, ...], left: tuple[int, ...], take: tuple[int, ...]
+) -> tuple[object, ...]:
+    """The order in which jax's mesh_utils likes the ways of one axis, the best the largest."""
+    full = [t for t, d in zip(take, dims, strict=True) if t == d]
+    begun = [t for t, d, r in zip(take, dims, left, strict=True) if r < d]
+    return math.prod(full), sum(t > 1 for t in full), math.prod(begun), take
+
+
+def _splits(size: int, left: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All ways to write `size` as a product of one divisor of each number left."""
+    if not left:
+        if size == 1:
+            yield ()
+        return
+    for first in range(1, math.gcd(size, left[0]) + 1):
+        if size % first == 0 and left[0] % first == 0:
+            for rest in _splits(size // first, left[1:]):
+                yield (first, *rest)
+
+
+def _on_switch(level: Level, whole: int, together: int, below: int, *, outer: bool) -> AxisLink:
+    """The part of a switch: it joins groups of `below` devices of the axis to groups of `together`.
+
+    An inner switch carries only what stays under it; through an outer one goes all that leaves.
+    """
+    port = level.bandwidth * level.efficiency
+    through = (whole - below if outer else together - 1) / whole
+    steps = whole // below - whole // together  # of the whole - 1 steps of a ring through all
+    return AxisLink(
+        whole, below * port, port / through, port, level.latency, steps * level.latency,
+        level.startup, True, (level.name,),
+    )  # fmt: skip
+
+
+def _on_torus(
+    level: Level, dims: Sequence[int], factors: Sequence[Sequence[tuple[int, int]]]
+) -> AxisLink:
+    """The part of a torus: the links of every dim the axes take a part of, used at once."""
+    link = level.bandwidth * level.efficiency
+    bandwidth, exchange, shift, hops, latency, rings = 0.0, math.inf, math.inf, 0, 0.0, []
+    for dim, wrapped in enumerate(level.rings(dims)):
+        taken = [axis[dim] for axis in factors if axis[dim][0] > 1]
+        if not taken:
+            continue
+        n, stride = math.prod(t for t, _ in taken), min(s for _, s in taken)
+        if stride * n != max(t * s for t, s in taken):
+            stride = max(s for _, s in taken)  # parts with a gap between them: as far as the widest
+        ring = wrapped and n * stride == dims[dim]
+        share = (2 * link if ring else link) / stride
+        bandwidth += share
+        exchange = min(exchange, share * n / (n * n // 4))
+        shift = min(shift, link / stride)
+        hops += stride * (n // 2 if ring else n - 1)
+        latency = max(latency, stride * level.latency)
+        rings.append(ring)
+    size = math.prod(t for axis in factors for t, _ in axis)
+    return AxisLink(
+        size, bandwidth, exchange, shift, latency, hops * level.latency, level.startup,
+        all(rings), (level.name,),
+    )  # fmt: skip
