@@ -198,6 +198,18 @@ def test_all_to_all_takes_as_long_as_its_busiest_wire(
             assert busiest_wire(c, sizes, (axis,)) / wire == pytest.approx(1 / link.exchange)
 
 
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(meshes(["v5e:4x4", "v5e:2x8", "v5e:16x2", "v4:4x4x4", "v5e:6x4"]))
+def test_axes_joined_over_a_gap_are_never_priced_below_the_wires(
+    case: tuple[Cluster, tuple[int, ...]],
+) -> None:
+    c, sizes = case
+    link = join(c, sizes, (0, 2))
+    if link.size > 1:
+        least = busiest_wire(c, sizes, (0, 2)) / c.network[-1].bandwidth
+        assert 1 / link.exchange >= least * (1 - 1e-9)
+
+
 # --- both ---------------------------------------------------------------------------------------
 
 
