@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from passes.ir.graph import Signature
+from passes.ir.graph import Signature, Type
 from passes.ir.rule import Dim, Rule
 from passes.rules.factors import Factors
 from passes.rules.registry import rule
@@ -53,25 +53,37 @@ class Window:
         after = 1 + (reach - self.stride - self.low) // self.base
         return max(0, before) + max(0, after)
 
+    @property
+    def back_halo(self) -> int:
+        """Elements wanted to send gradients back: all of every window that touches the piece.
+
+        Only for windows without dilation: max pooling has none.
+        """
+        before = (self.size - 1 - self.low) // self.stride * self.stride + self.low
+        after = (self.low - 1) // self.stride * self.stride - self.low + self.size
+        return max(0, before) + max(0, after)
+
     def transposed(self, made: int) -> Window:
         """The same sums with result and window in each other's place: a weight gradient's view."""
         return Window(made, self.dilation, self.low, self.base, self.stride)
 
     def fits(self, read: int, made: int) -> bool:
-        """Whether equal pieces of the operand and of the result belong together.
-
-        The halo must come from the next neighbours when there are two pieces.
-        """
+        """Whether operand and result advance together, with a halo from the next piece of two."""
         together = read > 0 and made > 0 and made * self.stride == read * self.base
         return together and self.halo <= read // 2
 
 
-def split_window(f: Factors, read: int, made: int, w: Window) -> tuple[Dim, Dim]:
-    """Dims of an operand of length `read` and of a result of length `made`."""
-    if not w.fits(read, made):
+def split_window(
+    f: Factors, read: int, made: int, w: Window, *, back: bool = False
+) -> tuple[Dim, Dim]:
+    """Dims of an operand of length `read` and of a result of length `made`.
+
+    back: the operation goes from results to operands, as the gradient of a max pooling does.
+    """
+    halo = w.back_halo if back else w.halo
+    if not w.fits(read, made) or halo > read // 2:
         return f.whole(read), f.whole(made)
     pieces = math.gcd(read, made)
-    halo = w.halo
     moving = f.add(pieces, "halo" if halo else "parallel", halo=halo)
     return moving + f.whole(read // pieces), moving + f.whole(made // pieces)
 
@@ -94,9 +106,12 @@ def _windows(s: Signature) -> list[Window]:
 
 
 def _slide(
-    f: Factors, s: Signature, read: tuple[int, ...], made: tuple[int, ...]
+    f: Factors, s: Signature, read: Type, made: Type, back: bool = False
 ) -> tuple[list[Dim], list[Dim]]:
-    pairs = [split_window(f, a, b, w) for a, b, w in zip(read, made, _windows(s), strict=True)]
+    pairs = [
+        split_window(f, a, b, w, back=back)
+        for a, b, w in zip(read.shape, made.shape, _windows(s), strict=True)
+    ]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
@@ -109,7 +124,7 @@ def reduce_window(s: Signature) -> Rule:
     """Pooling. The general form takes several arrays and as many scalars to start from."""
     count = len(s.results)
     f = Factors()
-    read, made = _slide(f, s, s.operands[0].shape, s.results[0].shape)
+    read, made = _slide(f, s, s.operands[0], s.results[0])
     return f.rule(
         [read] * count + [()] * (len(s.operands) - count),
         [made] * count,
@@ -122,7 +137,7 @@ def reduce_window(s: Signature) -> Rule:
 def select_and_gather_add(s: Signature) -> Rule:
     """The tangent of a max pooling: (tangents, operand) -> tangents, linear in the first."""
     f = Factors()
-    read, made = _slide(f, s, s.operands[1].shape, s.results[0].shape)
+    read, made = _slide(f, s, s.operands[1], s.results[0])
     flops = _window_flops(s, s.results[0].size)
     return f.rule([read, read], [made], linear=((0,),), flops=flops)
 
@@ -131,7 +146,7 @@ def select_and_gather_add(s: Signature) -> Rule:
 def select_and_scatter_add(s: Signature) -> Rule:
     """The gradient of a max pooling: (gradient, operand) -> gradient, linear in the first."""
     f = Factors()
-    read, made = _slide(f, s, s.operands[1].shape, s.operands[0].shape)
+    read, made = _slide(f, s, s.operands[1], s.operands[0], back=True)
     flops = _window_flops(s, s.operands[0].size)
     return f.rule([made, read], [read], linear=((0,),), flops=flops)
 
@@ -140,7 +155,7 @@ def select_and_scatter_add(s: Signature) -> Rule:
 def select_and_scatter(s: Signature) -> Rule:
     """(operand, source, scalar to start from) -> scattered source, by functions of the user."""
     f = Factors()
-    read, made = _slide(f, s, s.operands[0].shape, s.operands[1].shape)
+    read, made = _slide(f, s, s.operands[0], s.operands[1], back=True)
     return f.rule([read, made, ()], [read], flops=_window_flops(s, s.operands[1].size))
 
 
