@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from autoshard.jax_compat import is_jaxpr, open_jaxpr
+from autoshard.jax_compat import Literal, is_jaxpr, open_jaxpr
 
 Spec = jax.ShapeDtypeStruct
 
@@ -108,9 +108,15 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def arguments(sample: Sample, seed: int = 0) -> list[Any]:
-    """Values for the sample's equation: one array (or key array) for each of its operands."""
+    """Values for the sample's equation: one array (or key array) for each of its operands.
+
+    Operands that the function itself fixes, such as the start value of a reduction, stay.
+    """
     rng = np.random.default_rng(seed)
-    return [_draw(v.aval, sample, rng) for v in equation(sample).invars]
+    return [
+        jnp.asarray(v.val) if isinstance(v, Literal) else _draw(v.aval, sample, rng)
+        for v in equation(sample).invars
+    ]
 
 
 def _draw(aval: Any, sample: Sample, rng: np.random.Generator) -> Any:

@@ -80,7 +80,9 @@ def _with_parameters() -> Iterator[Sample]:
         (f32, np.float16), (i32, np.int8), (f32, jnp.float8_e4m3fn), (f32, np.complex64),
     ):  # fmt: skip
         label = f"{source(1).dtype} to {np.dtype(target).name}"
-        yield Sample("convert_element_type", label, convert(target), (source(4, 6),))
+        yield Sample(
+            "convert_element_type", label, convert(target), (source(4, 6),), low=1.2, high=3.0
+        )
     yield Sample(
         "bitcast_convert_type", "same width",
         lambda x: lax.bitcast_convert_type(x, np.int32), (f32(4, 6),),

@@ -130,6 +130,19 @@ def _convolutions() -> Iterator[Sample]:
     yield Sample(
         "conv_general_dilated", "batch groups", conv(batch_group_count=2), (f32(4, 4, 8, 8), kernel)
     )
+    for label, strides in (("", (1, 1)), (", strided", (2, 2))):
+        function = conv(window_strides=strides)
+        grown = f32(2, 6, 8 // strides[0], 8 // strides[1])
+        yield Sample(
+            "conv_general_dilated", f"gradient of the kernel{label}",
+            lambda x, w, g, f=function: jax.linear_transpose(lambda v: f(x, v), w)(g),
+            (image, kernel, grown),
+        )  # fmt: skip
+        yield Sample(
+            "conv_general_dilated", f"gradient of the image{label}",
+            lambda x, w, g, f=function: jax.linear_transpose(lambda v: f(v, w), x)(g),
+            (image, kernel, grown),
+        )  # fmt: skip
     yield Sample("conv_general_dilated", "one by one", conv(), (image, f32(6, 4, 1, 1)))
     yield Sample(
         "conv_general_dilated", "patches",
