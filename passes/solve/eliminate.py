@@ -44,8 +44,16 @@ class Order:
     largest: float
 
 
-def plan_order(sizes: Sequence[int], neighbours: Mapping[int, set[int]]) -> Order:
-    """A greedy order: always remove the node whose table is smallest, the lower index on a tie."""
+def plan_order(
+    sizes: Sequence[int],
+    neighbours: Mapping[int, set[int]],
+    most_work: float = np.inf,
+    most_entries: float = np.inf,
+) -> Order | None:
+    """A greedy order: always remove the node whose table is smallest, the lower index on a tie.
+
+    None as soon as the work or the entries of one table exceed what is allowed.
+    """
     graph = {v: set(n) for v, n in neighbours.items()}
     weight: dict[int, float] = {}
     heap: list[tuple[float, int]] = []
@@ -70,6 +78,8 @@ def plan_order(sizes: Sequence[int], neighbours: Mapping[int, set[int]]) -> Orde
         around = graph.pop(v)
         work += table
         largest = max(largest, table)
+        if work > most_work or largest > most_entries:
+            return None
         nodes.append(v)
         scopes.append(around)
         for u in around:

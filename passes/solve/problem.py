@@ -70,9 +70,10 @@ class Problem:
     limit: float | None = None
 
     def cost(self, choice: Sequence[int]) -> float:
-        """Total cost of one choice per node."""
-        total = sum(float(n.costs[c]) for n, c in zip(self.nodes, choice, strict=True))
-        return total + sum(float(e.costs[choice[e.u], choice[e.v]]) for e in self.edges)
+        """Total cost of one choice per node; INFINITY when any part of it is."""
+        parts = [float(n.costs[c]) for n, c in zip(self.nodes, choice, strict=True)]
+        parts += [float(e.costs[choice[e.u], choice[e.v]]) for e in self.edges]
+        return INFINITY if max(parts, default=0.0) >= INFINITY else sum(parts)
 
     def memory(self, choice: Sequence[int]) -> Costs:
         """Bytes in use at each time step for one choice per node."""

@@ -1,0 +1,112 @@
+"""What is left of a problem after presolve, and how does its answer become the problem's?
+
+A `Core` has nodes 0..n-1 with pooled cost arrays, infinity as numpy's, no parallel edges and no
+node of one choice. Its `trail` says how each removed node follows from those still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from passes.solve.memory import Rows, Span
+from passes.solve.problem import Costs
+from passes.solve.tables import Picks
+
+
+class Infeasible(Exception):
+    """No choice has a finite cost: presolve has proven it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A removed node's choice, given those of up to two others, all as in the problem.
+
+    labels: per given node the choices that the axes of `answer` stand for, in rising order.
+    """
+
+    node: int
+    given: tuple[int, ...]
+    labels: tuple[Picks, ...]
+    answer: Picks
+
+    def follow(self, choice: Sequence[int]) -> int:
+        """The node's choice once those it depends on are known."""
+        at = tuple(
+            int(np.searchsorted(labels, choice[u]))
+            for u, labels in zip(self.given, self.labels, strict=True)
+        )
+        return int(self.answer[at])
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """A reduced problem. names, labels: per node its number and choices in the problem.
+
+    unary: costs per node. links: per node, per neighbour (rising), the table with this node's
+    choices as rows; constant: cost already certain. spans: memory by row; slack: room per row;
+    times: the problem's time step of each row.
+    """
+
+    names: tuple[int, ...]
+    labels: tuple[Picks, ...]
+    unary: tuple[Costs, ...]
+    links: tuple[Mapping[int, Costs], ...]
+    constant: float
+    spans: tuple[tuple[Span, ...], ...]
+    slack: Costs
+    times: Picks
+    trail: tuple[Step, ...]
+    nodes: int  # of the problem
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of choices of each node."""
+        return tuple(len(u) for u in self.unary)
+
+    def rows(self) -> Rows:
+        """The memory, laid out for arithmetic on all nodes at once."""
+        return Rows.of(self.slack, self.spans, self.sizes)
+
+    def cost(self, choice: Sequence[int]) -> float:
+        """The problem's cost of one choice per core node."""
+        total = self.constant
+        for v, around in enumerate(self.links):
+            total += float(self.unary[v][choice[v]])
+            for u, table in around.items():
+                if v < u:
+                    total += float(table[choice[v], choice[u]])
+        return total
+
+    def expand(self, choice: Sequence[int]) -> tuple[int, ...]:
+        """The problem's choice per node from the core's."""
+        out = [0] * self.nodes
+        for v, labels, c in zip(self.names, self.labels, choice, strict=True):
+            out[v] = int(labels[c])
+        for step in reversed(self.trail):
+            out[step.node] = step.follow(out)
+        return tuple(out)
+
+    def restricted(self, keep: Sequence[Picks]) -> Core:
+        """The same with only these choices per node (indices into the present ones)."""
+        links: list[Mapping[int, Costs]] = [
+            {u: table[np.ix_(keep[v], keep[u])] for u, table in around.items()}
+            for v, around in enumerate(self.links)
+        ]
+        return Core(
+            self.names,
+            tuple(labels[k] for labels, k in zip(self.labels, keep, strict=True)),
+            tuple(costs[k] for costs, k in zip(self.unary, keep, strict=True)),
+            tuple(links),
+            self.constant,
+            tuple(
+                tuple((b, e, usages[k]) for b, e, usages in own)
+                for own, k in zip(self.spans, keep, strict=True)
+            ),
+            self.slack,
+            self.times,
+            self.trail,
+            self.nodes,
+        )
