@@ -61,3 +61,11 @@ def bind(eqn: Any, operands: Any) -> list[Any]:
     else:
         out = eqn.primitive.bind(*operands, **found)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def lowerable_primitives() -> tuple[str, ...]:
+    """Names of the primitives that the loaded parts of jax can lower, for any platform, sorted."""
+    from jax._src.interpreters import mlir
+
+    tables = (mlir._lowerings, *mlir._platform_specific_lowerings.values())
+    return tuple(sorted({primitive.name for table in tables for primitive in table}))

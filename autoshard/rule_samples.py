@@ -4,9 +4,9 @@ The samples serve three readers: the comparison with Shardy, the numeric oracle 
 `tests/autoshard`) and the table of rules in `docs/rules.md` (`autoshard.rules_doc`). Lengths are
 small, differ from dim to dim and are even where a dim may be split.
 
->>> sample = next(s for s in all_samples() if s.primitive == "dot_general")
+>>> sample = Sample("exp", "", lax.exp, (f32(4, 6),))
 >>> equation(sample).primitive.name
-'dot_general'
+'exp'
 """
 
 from __future__ import annotations
@@ -74,16 +74,6 @@ def keys(*shape: int, impl: str = "threefry2x32") -> Spec:
     """The type of an array of random keys."""
     key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
     return Spec(shape, key.dtype)
-
-
-@cache
-def all_samples() -> tuple[Sample, ...]:
-    """Every sample, family by family."""
-    from autoshard.rule_samples_elementwise import elementwise_samples
-    from autoshard.rule_samples_places import place_samples
-    from autoshard.rule_samples_shape import shape_samples
-
-    return (*elementwise_samples(), *shape_samples(), *place_samples())
 
 
 @cache

@@ -104,7 +104,6 @@ def _reshapes() -> Iterator[Sample]:
             lambda x, to=after: lax.reshape(x, to), (f32(*before),),
         )  # fmt: skip
     yield Sample("squeeze", "two dims", lambda x: lax.squeeze(x, (0, 2)), (f32(1, 4, 1, 6),))
-    yield Sample("broadcast_in_dim", "a new dim", lambda x: lax.expand_dims(x, (1,)), (f32(4, 6),))
 
 
 def _broadcasts() -> Iterator[Sample]:
@@ -122,6 +121,7 @@ def _broadcasts() -> Iterator[Sample]:
             ),
             (f32(*before),),
         )  # fmt: skip
+    yield Sample("broadcast_in_dim", "a new dim", lambda x: lax.expand_dims(x, (1,)), (f32(4, 6),))
     for dim in (0, 1):
         yield Sample(
             "iota", f"along dim {dim}",

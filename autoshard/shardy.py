@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from autoshard.jax_compat import is_jaxpr
+from autoshard.jax_compat import bind, is_jaxpr
 from autoshard.shardy_join import join_rules
 from autoshard.shardy_text import NoRule
 from passes.ir.rule import Rule
@@ -66,14 +66,8 @@ def _rule_on(eqn: Any, platform: str) -> Rule:
     """Lower for one platform and join the rules of what comes out; raises NoRule."""
     from jaxlib.mlir import passmanager
 
-    params = eqn.primitive.get_bind_params(eqn.params)
-    if isinstance(params, tuple):  # older jax: (functions, parameters)
-        functions, params = params
-    else:
-        functions = ()
-
     def run(*args: Any) -> Any:
-        return eqn.primitive.bind(*functions, *args, **params)
+        return bind(eqn, args)
 
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     traced = jax.jit(run, keep_unused=True).trace(*avals)

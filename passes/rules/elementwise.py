@@ -16,7 +16,7 @@ from passes.rules.factors import Factors, identity, is_complex, is_float
 from passes.rules.registry import rule
 
 _FREE = (
-    "autoshard_annotate", "conj", "copy", "copy_p", "create_linear", "device_put", "imag",
+    "autoshard_annotate", "conj", "copy", "create_linear", "device_put", "imag",
     "inspect_sharding", "layout_constraint", "mesh_cast", "multiple_of", "name",
     "optimization_barrier", "pin", "pvary", "real", "relayout", "reshard", "sharding_constraint",
     "stage", "stop_gradient", "unpin", "with_memory_space_constraint", "xla_metadata_value",

@@ -27,7 +27,8 @@ import pytest
 
 import passes.rules  # noqa: F401
 from autoshard.localize import local_params
-from autoshard.rule_samples import Sample, all_samples, arguments, equation
+from autoshard.rule_samples import Sample, arguments, equation
+from autoshard.rule_samples_all import all_samples
 from autoshard.signature import signature
 from passes.ir.rule import Dim, Rule
 from passes.rules.registry import hand_rule
