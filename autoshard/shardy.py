@@ -7,6 +7,7 @@ The pass comes with jaxlib; its rules are described in openxla/shardy, docs/prop
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,16 +64,18 @@ def _refusal(eqn: Any) -> str:
 
 
 def _rule_on(eqn: Any, platform: str) -> Rule:
-    """Lower for one platform and join the rules of what comes out; raises NoRule."""
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    return function_rule(lambda *args: bind(eqn, args), avals, platform)
+
+
+def function_rule(
+    function: Callable[..., Any], avals: Sequence[jax.ShapeDtypeStruct], platform: str = "cpu"
+) -> Rule:
+    """The joined rule of all operations that a function lowers to; raises NoRule."""
     from jaxlib.mlir import passmanager
 
-    def run(*args: Any) -> Any:
-        return bind(eqn, args)
-
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    traced = jax.jit(run, keep_unused=True).trace(*avals)
+    traced = jax.jit(function, keep_unused=True).trace(*avals)
     module = traced.lower(lowering_platforms=(platform,)).compiler_ir()
     with module.context:
         passmanager.PassManager.parse(_PIPELINE).run(module.operation)
-    ranks = [len(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)]
-    return join_rules(module, ranks)
+    return join_rules(module, [len(a.shape) for a in (*avals, *jax.tree.leaves(traced.out_info))])
