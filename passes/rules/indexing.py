@@ -13,7 +13,8 @@ Four sorts of dims, told apart by their lengths and by the dimension numbers:
 
 The look-ups of a scatter that combines (add, mul, min, max) may be split as well: every device
 combines its own updates into its own copy, which on all devices but one starts from the neutral
-element, and the copies are reduced. A plain scatter has no such reduction: whole.
+element, and the copies are reduced. A plain scatter has no such reduction, and for one that
+subtracts XLA does not make it: whole.
 
 This is what XLA's partitioner does (GSPMD, arXiv 2105.04663, section 4; `gather_scatter_handler.cc`
 of openxla/xla: passthrough, parallel and trivially sliced dims), so the cost of a split is the cost
@@ -35,7 +36,6 @@ _COMBINE = {
     "scatter-max": "max",
     "scatter-min": "min",
     "scatter-mul": "mul",
-    "scatter-sub": "add",  # the updates change sign first
 }
 # Which operands must be partial together for the result to be partial.
 _SCATTER_LINEAR = {"scatter-add": ((0, 2),), "scatter-sub": ((0, 2),), "scatter-mul": ((0,),)}
@@ -92,7 +92,7 @@ def _keeps_sums(s: Signature) -> bool:
     return is_float(s.results[0]) if fill is None else fill != fill or fill == 0
 
 
-@rule("scatter", *_COMBINE)
+@rule("scatter", "scatter-sub", *_COMBINE)
 def scatter(s: Signature) -> Rule:
     """`v d, i, i d -> v d`, i reduced by what the scatter combines with; whole if it overwrites."""
     d = s.params["dimension_numbers"]
@@ -126,8 +126,8 @@ def scatter(s: Signature) -> Rule:
         [operand, [*places, f.whole(indices[-1])], given],
         [operand],
         linear=_scatter_linear(s.name, s.params),
-        flops=float(s.operands[2].size) if op else 0.0,
-        moved=_scatter_moved(s.operands[0], s.operands[1], s.operands[2], bool(op)),
+        flops=float(s.operands[2].size) if s.name != "scatter" else 0.0,
+        moved=_scatter_moved(s.operands[0], s.operands[1], s.operands[2], s.name != "scatter"),
     )
 
 

@@ -102,8 +102,6 @@ DIFFERENT: dict[str, str] = dict.fromkeys(
     "rng_uniform": "Shardy has no rule for stablehlo.rng; it stays whole.",
     "scaled_dot: blocks of two":
         "It lowers to a composite, which Shardy does not look into.",
-    "scatter-sub: rows of a table":
-        "Shardy adds up partial results of additions alone; a subtraction is one of the negative.",
     "symmetric_product":
         "It lowers to a product scaled and added to another array; partial sums of the product "
         "are seen not to reach the result untouched.",

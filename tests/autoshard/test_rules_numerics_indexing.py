@@ -139,7 +139,7 @@ def test_scatter_of_rows(name: str, mode: str, check: Any) -> None:
 
     rule = check(name, fn, real(8, 10), below(8, 4, 6), real(4, 6, 10))
     assert split_sizes(rule, "parallel") == [8, 10]
-    combined = ([], [4, 6]) if name == "scatter" else ([4, 6], [])
+    combined = ([], [4, 6]) if name in ("scatter", "scatter-sub") else ([4, 6], [])
     assert (split_sizes(rule, "reduction"), split_sizes(rule, "whole")) == combined
 
 
