@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from passes.solve.core import Core, Infeasible, Step
+from passes.solve.reduction import Core, Infeasible, Step
 from passes.solve.dominance import undominated
 from passes.solve.memory import Span, row_times
 from passes.solve.problem import Costs, Problem
