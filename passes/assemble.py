@@ -7,10 +7,11 @@ exactly: with the resharded copies, which the problem leaves out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import (
@@ -123,19 +124,29 @@ def reshards(
     return tuple(out)
 
 
-def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> float:
-    """Bytes per device at the fullest moment, resharded copies counted where they live."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes on every device for a value, or for a resharded copy of it, over [begin, end)."""
+
+    begin: int
+    end: int
+    nbytes: float
+    value: int
+    axes: Axes
+    copy: bool
+
+
+def held(
+    priced: Priced, values: Sequence[Axes], changed: Sequence[Change]
+) -> Iterator[Held]:
+    """All that lies in memory: every value, and resharded copies where they live."""
     graph, live = priced.graph, priced.live
-    change = np.zeros(live.steps + 1)
-
-    def hold(begin: int, end: int, nbytes: float) -> None:
-        change[begin] += nbytes
-        change[end] -= nbytes
-
     for value in graph.values:
         begin, end = live.spans[value.id]
         if begin < end:
-            hold(begin, end, local_bytes(value.type.nbytes, values[value.id], priced))
+            axes = values[value.id]
+            size = local_bytes(value.type.nbytes, axes, priced)
+            yield Held(begin, end, size, value.id, axes, False)
     last: dict[int, int] = {}
     for (op, _), copy in priced.copies.items():
         last[copy] = max(last.get(copy, 0), op)
@@ -143,9 +154,22 @@ def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change
         if c.side == "result" or not live.stored[c.value]:
             continue
         end = last[c.shared] if c.side == "copy" else c.op
-        nbytes = local_bytes(graph.values[c.value].type.nbytes, c.target, priced)
-        hold(c.op, end + 1, nbytes)
-    return float(np.cumsum(change).max(initial=0.0))
+        size = local_bytes(graph.values[c.value].type.nbytes, c.target, priced)
+        yield Held(c.op, end + 1, size, c.value, c.target, True)
+
+
+def memory(priced: Priced, found: Iterable[Held]) -> npt.NDArray[np.float64]:
+    """Bytes per device at each step of the program."""
+    change = np.zeros(priced.live.steps + 1)
+    for h in found:
+        change[h.begin] += h.nbytes
+        change[h.end] -= h.nbytes
+    return np.cumsum(change)
+
+
+def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> float:
+    """Bytes per device at the fullest moment, resharded copies counted where they live."""
+    return float(memory(priced, held(priced, values, changed)).max(initial=0.0))
 
 
 def local_bytes(nbytes: int, axes: Axes, priced: Priced) -> float:
@@ -256,7 +280,7 @@ def _op_plan(
         bytes=sum(local_bytes(graph.values[v].type.nbytes, values[v], priced) for v in op.outputs),
         flops=op.rule.flops / split * trips,
         trips=trips,
-        collectives=tuple(m for c in changed for m in _collectives(priced, op, c)),
+        collectives=tuple(m for c in changed for m in moves_of(priced, op, c)),
     )
 
 
@@ -264,7 +288,8 @@ def _short(graph: Graph, v: int) -> str:
     return str(graph.values[v].type).split("[")[0]
 
 
-def _collectives(priced: Priced, op: Op, change: Change) -> list[Move]:
+def moves_of(priced: Priced, op: Op, change: Change) -> list[Move]:
+    """The collectives of one change of sharding."""
     value = priced.graph.values[change.value]
     what = value.name or f"{value.type} of {op.name}"
     return [

@@ -156,7 +156,7 @@ def _for_glob(graph: Graph, glob: str, spec: Any) -> Iterator[Hint]:
     entries = tuple(entries)
     matched = [v for v in _arguments(graph) if glob == v.name or match(glob, path_of(v.name))]
     if not matched:
-        raise HintError(f"{origin} matches no argument; {_nearest(graph, glob)}")
+        raise HintError(f"{origin} matches no argument; {nearest(graph, glob)}")
     for v in matched:
         where = f"{origin} on {v.name}, {v.type}"
         yield Hint(v.id, spec_dims(entries, len(v.shape), short=True, where=where), origin)
@@ -166,7 +166,7 @@ def _arguments(graph: Graph) -> list[Value]:
     return [graph.values[v] for v in graph.inputs]
 
 
-def _nearest(graph: Graph, glob: str) -> str:
+def nearest(graph: Graph, glob: str) -> str:
     """What the user may have meant, for the message."""
     paths = [path_of(v.name) for v in _arguments(graph)]
     if any(match(f"{glob}/**", path) for path in paths):

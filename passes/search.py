@@ -134,10 +134,10 @@ def _on_mesh(
         elif cost.peak_memory > setting.limit:
             note = f"needs {format_bytes(cost.peak_memory)} of memory"
         others.append(Alternative(name, _axes(mesh), cost, note))
-    return priced, _solve_within(priced, starts, setting.limit), others
+    return priced, solve_within(priced, starts, setting.limit), others
 
 
-def _solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) -> Solution:
+def solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) -> Solution:
     """Solve, and again with a tighter limit while the exact memory count is above the real one."""
     problem = priced.problem
     solution = solve(problem, starts=starts)
