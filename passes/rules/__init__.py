@@ -1,5 +1,6 @@
 """Rules by primitive family; importing this package registers them all."""
 
+import passes.rules.attention
 import passes.rules.contraction
 import passes.rules.control_flow
 import passes.rules.convolution

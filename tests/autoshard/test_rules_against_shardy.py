@@ -42,6 +42,10 @@ NO_SAMPLE = {
          "threefry4x32", "geqp3", "geqrf", "scaled_matmul_wrapper", "select_and_scatter"),
         "jax gives no public function that makes one",
     ),
+    **dict.fromkeys(
+        ("dot_product_attention_bwd_wrapper", "dot_product_attention_fwd_wrapper"),
+        "made only where there is a GPU with cuDNN",
+    ),
 }  # fmt: skip
 if jax_version() < (0, 11):
     NO_SAMPLE |= dict.fromkeys(("log2", "one_minus_square", "polynomial"), "came with jax 0.11")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from autoshard.rule_shards import faults, find, find_all
 from passes.ir.rule import Rule
 
 
@@ -23,6 +25,19 @@ def real(*shape: int) -> Any:
 
 def below(limit: int, *shape: int) -> Any:
     return np.random.randint(-2, limit + 2, shape).astype(np.int32)  # some out of bounds
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Each test draws the same numbers from np.random, whatever ran before it."""
+    np.random.seed(0)
+
+
+def check(name: str, fn: Callable[..., Any], *args: Any) -> Rule:
+    """The rule of the last such equation, after its shards were seen to make up the whole."""
+    eqn, numbers, rule = find(name, fn, *args)
+    assert not faults(eqn, numbers, rule)
+    return rule
 
 
 def split_sizes(rule: Rule, kind: str) -> list[int]:
@@ -48,7 +63,7 @@ MODES = ("clip", "fill", "promise_in_bounds")
     ],
     ids=["rows", "columns", "both", "a new dim", "rows of a stretch"],
 )
-def test_gather(mode: str, fn: Any, parallel: list[int], reduced: list[int], check: Any) -> None:
+def test_gather(mode: str, fn: Any, parallel: list[int], reduced: list[int]) -> None:
     i = below(8, 4, 6) if mode != "promise_in_bounds" else np.abs(below(5, 4, 6))
     rule = check("gather", partial(fn, mode=mode), real(8, 10), i)
     assert split_sizes(rule, "parallel") == parallel
@@ -56,7 +71,7 @@ def test_gather(mode: str, fn: Any, parallel: list[int], reduced: list[int], che
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gather_along_an_axis(mode: str, check: Any) -> None:
+def test_gather_along_an_axis(mode: str) -> None:
     i = np.abs(below(5, 6, 10))
     take = partial(jnp.take_along_axis, mode=mode)
     rule = check("gather", lambda x, i: take(x, i, 0), real(8, 10), i)
@@ -64,7 +79,7 @@ def test_gather_along_an_axis(mode: str, check: Any) -> None:
     assert split_sizes(rule, "reduction") == [8]
 
 
-def test_gather_of_stretches_keeps_the_cut_dim_whole(check: Any) -> None:
+def test_gather_of_stretches_keeps_the_cut_dim_whole() -> None:
     cut = jax.vmap(lambda x, i: lax.dynamic_slice(x, (i, 0), (3, 8)))
     rule = check("gather", cut, real(4, 6, 8), below(4, 4))
     assert split_sizes(rule, "parallel") == [4, 8]
@@ -72,7 +87,7 @@ def test_gather_of_stretches_keeps_the_cut_dim_whole(check: Any) -> None:
     assert 6 in split_sizes(rule, "whole")
 
 
-def test_gather_linearity_depends_on_what_is_filled_in(find: Any) -> None:
+def test_gather_linearity_depends_on_what_is_filled_in() -> None:
     i = below(8, 4)
     for fill, linear in ((None, True), (0, True), (np.nan, True), (7, False)):
         get = partial(lambda x, i, fill: x.at[i].get(mode="fill", fill_value=fill), fill=fill)
@@ -84,7 +99,7 @@ def test_gather_linearity_depends_on_what_is_filled_in(find: Any) -> None:
 
 @settings(deadline=None, max_examples=15, derandomize=True, phases=NO_SHRINKING)
 @given(data=st.data())
-def test_any_gather(data: st.DataObject, check: Any) -> None:
+def test_any_gather(data: st.DataObject) -> None:
     """Random dimension numbers: collapsed, window, batching and cut dims in any order."""
     rank = data.draw(st.integers(1, 4))
     roles = [data.draw(st.sampled_from(["row", "window", "cut", "batch"])) for _ in range(rank)]
@@ -133,7 +148,7 @@ SCATTERS = {
 
 @pytest.mark.parametrize("mode", ["clip", "drop"])
 @pytest.mark.parametrize("name", SCATTERS)
-def test_scatter_of_rows(name: str, mode: str, check: Any) -> None:
+def test_scatter_of_rows(name: str, mode: str) -> None:
     def fn(x: Any, i: Any, u: Any) -> Any:
         return getattr(x.at[i], SCATTERS[name])(u, mode=mode)
 
@@ -144,7 +159,7 @@ def test_scatter_of_rows(name: str, mode: str, check: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["scatter", "scatter-add", "scatter-max"])
-def test_scatter_with_batching_dims(name: str, check: Any) -> None:
+def test_scatter_with_batching_dims(name: str) -> None:
     def fn(x: Any, i: Any, u: Any) -> Any:
         return jax.vmap(lambda x, i, u: getattr(x.at[i], SCATTERS[name])(u))(x, i, u)
 
@@ -152,7 +167,7 @@ def test_scatter_with_batching_dims(name: str, check: Any) -> None:
     assert split_sizes(rule, "parallel") == [4, 6, 8]
 
 
-def test_scatter_of_single_elements(check: Any) -> None:
+def test_scatter_of_single_elements() -> None:
     rule = check(
         "scatter-add",
         lambda x, i, u: x.at[i, i[::-1]].add(u),
@@ -164,20 +179,20 @@ def test_scatter_of_single_elements(check: Any) -> None:
     assert split_sizes(rule, "reduction") == [6]
 
 
-def test_scatter_of_stretches_keeps_the_cut_dim_whole(check: Any) -> None:
+def test_scatter_of_stretches_keeps_the_cut_dim_whole() -> None:
     update = jax.vmap(lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)))
     rule = check("scatter", update, real(4, 6, 8), real(4, 3, 8), below(4, 4))
     assert split_sizes(rule, "parallel") == [4, 8]
     assert 6 in split_sizes(rule, "whole")
 
 
-def test_cache_update_for_each_batch_element_may_split_the_cache(check: Any) -> None:
+def test_cache_update_for_each_batch_element_may_split_the_cache() -> None:
     update = jax.vmap(lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)))
     rule = check("scatter", update, real(4, 6, 8), real(4, 1, 8), below(4, 4))
     assert split_sizes(rule, "parallel") == [4, 6, 8]
 
 
-def test_embedding_gradient(check: Any) -> None:
+def test_embedding_gradient() -> None:
     def loss(table: Any, i: Any) -> Any:
         return jnp.sum(jnp.sin(table[i]))
 
@@ -187,7 +202,7 @@ def test_embedding_gradient(check: Any) -> None:
     assert rule.linear == ((0, 2),)
 
 
-def test_a_scatter_with_the_users_own_function_is_not_linear(find: Any) -> None:
+def test_a_scatter_with_the_users_own_function_is_not_linear() -> None:
     rule = find("scatter", lambda x, i: x.at[i].apply(jnp.sin), real(8, 6), below(8, 4))[2]
     assert rule.linear == ()
     assert split_sizes(rule, "whole") == [4]
@@ -196,7 +211,7 @@ def test_a_scatter_with_the_users_own_function_is_not_linear(find: Any) -> None:
 # Dynamic slices.
 
 
-def test_dynamic_slice(check: Any) -> None:
+def test_dynamic_slice() -> None:
     rule = check(
         "dynamic_slice",
         lambda x, i: lax.dynamic_slice(x, (i, 0, 0), (4, 6, 4)),
@@ -208,7 +223,7 @@ def test_dynamic_slice(check: Any) -> None:
 
 @pytest.mark.parametrize(("rows", "parallel"), [(1, [6, 8]), (4, [6]), (8, [6, 8])])
 @pytest.mark.parametrize("start", [-3, 0, 5, 7, 30])
-def test_dynamic_update_slice(rows: int, parallel: list[int], start: int, check: Any) -> None:
+def test_dynamic_update_slice(rows: int, parallel: list[int], start: int) -> None:
     rule = check(
         "dynamic_update_slice",
         lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0), allow_negative_indices=False),
@@ -222,7 +237,7 @@ def test_dynamic_update_slice(rows: int, parallel: list[int], start: int, check:
 # Ragged products.
 
 
-def test_ragged_rows(check: Any) -> None:
+def test_ragged_rows() -> None:
     sizes = np.array([3, 0, 4, 1], np.int32)
     rule = check("ragged_dot_general", lax.ragged_dot, real(8, 6), real(4, 6, 10), sizes)
     assert split_sizes(rule, "parallel") == [8, 10]
@@ -230,7 +245,7 @@ def test_ragged_rows(check: Any) -> None:
     assert rule.flops == 2 * 8 * 6 * 10
 
 
-def test_ragged_gradients(find_all: Any, check_found: Any) -> None:
+def test_ragged_gradients() -> None:
     sizes = np.array([3, 0, 4, 1], np.int32)
 
     def loss(x: Any, w: Any) -> Any:
@@ -240,11 +255,11 @@ def test_ragged_gradients(find_all: Any, check_found: Any) -> None:
     found = find_all("ragged_dot_general", jax.grad(loss, (0, 1)), x, w)
     assert len(found) == 3
     for eqn, ins, rule in found:
-        check_found(eqn, ins, rule)
+        assert not faults(eqn, ins, rule)
         assert rule.flops == 2 * 8 * 6 * 10
 
 
-def test_ragged_rows_with_sizes_for_each_batch_element(check: Any) -> None:
+def test_ragged_rows_with_sizes_for_each_batch_element() -> None:
     sizes = np.array([[3, 5], [8, 0], [1, 2], [0, 8]], np.int32)
     product = jax.vmap(lax.ragged_dot)
     rule = check("ragged_dot_general", product, real(4, 8, 6), real(4, 2, 6, 10), sizes)
@@ -260,25 +275,22 @@ def respelled(rule: Rule, factor: int, **changes: Any) -> Rule:
     return replace(rule, factors=tuple(factors))
 
 
-def test_rows_called_parallel_are_caught(find: Any, check_found: Any) -> None:
+def test_rows_called_parallel_are_caught() -> None:
     eqn, ins, rule = find("gather", lambda x, i: x[i], real(8, 10), np.abs(below(4, 6)))
     row = next(k for k, f in enumerate(rule.factors) if f.kind == "reduction")
-    with pytest.raises(AssertionError):
-        check_found(eqn, ins, respelled(rule, row, kind="parallel"))
+    assert faults(eqn, ins, respelled(rule, row, kind="parallel"))
 
 
-def test_a_wrong_reduction_is_caught(find: Any, check_found: Any) -> None:
+def test_a_wrong_reduction_is_caught() -> None:
     eqn, ins, rule = find(
         "scatter-max", lambda x, i, u: x.at[i].max(u), real(8), below(8, 6), real(6)
     )
     updates = next(k for k, f in enumerate(rule.factors) if f.kind == "reduction")
-    with pytest.raises(AssertionError):
-        check_found(eqn, ins, respelled(rule, updates, op="min"))
+    assert faults(eqn, ins, respelled(rule, updates, op="min"))
 
 
-def test_a_wrong_linear_group_is_caught(find: Any, check_found: Any) -> None:
+def test_a_wrong_linear_group_is_caught() -> None:
     eqn, ins, rule = find(
         "scatter-add", lambda x, i, u: x.at[i].add(u), real(8), below(8, 6), real(6)
     )
-    with pytest.raises(AssertionError):
-        check_found(eqn, ins, replace(rule, linear=((0,),)))
+    assert faults(eqn, ins, replace(rule, linear=((0,),)))
