@@ -86,12 +86,16 @@ def rows(
     tensors: Sequence[TensorPlan],
     places: Sequence[int] | None = None,
     mesh: Mapping[str, int] | None = None,
+    names: bool = True,
 ) -> list[Row]:
-    """Lines for the tensors at these places (all of them, when None), in order of first mention."""
+    """Lines for the tensors at these places (all of them, when None), in order of first mention.
+
+    names: whether arrays of different names, not only of different indices, share a line.
+    """
     chosen = range(len(tensors)) if places is None else places
     paths = [parts_of(t) for t in tensors]
     drafts = _over_indices(tensors, paths, chosen)
-    deepest = max((len(d.parts) for d in drafts), default=0)
+    deepest = max((len(d.parts) for d in drafts), default=0) if names else 0
     for position in reversed(range(deepest)):
         drafts = _over_names(drafts, position)
     out = [

@@ -81,9 +81,12 @@ class Plan:
 
     def explain(self, glob: str) -> str:
         """Why the values that a path glob names are sharded so, and what other choices would cost."""
-        from autoshard.explain import explain
+        from autoshard.explain import explain, search_again
 
-        return explain(self, glob)
+        if self._found is None and self._traced is not None:
+            state = state_pairs(self._traced)
+            self._found = search_again(self.data, self._traced.graph, state)
+        return explain(self.data, self._found, glob)
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""

@@ -173,11 +173,16 @@ def _table(found: Sequence[Row]) -> list[str]:
             r.type,
             f"x{r.count}" if r.count > 1 else "",
             format_bytes(r.nbytes),
-            f"hint {r.origin}" if r.origin else "",
+            hint_text(r.origin),
         )
         for r in found
     ]
     return columns(lines, "llrrl", "  ", WIDTH)
+
+
+def hint_text(origin: str) -> str:
+    """Who fixed it: `hints['params/*']`, `annotated at train.py:14`, or nothing."""
+    return origin if origin.startswith("hints[") or not origin else f"annotated at {origin}"
 
 
 # Notes

@@ -21,12 +21,16 @@ def communication(plan: Plan) -> list[str]:
     """Collectives by kind, mesh axis and source line, the longest first."""
     if not plan.cost.comm_time:
         return ["communication  none"]
+    moves = [move for op in plan.ops for move in op.collectives]
+    return ["communication, by source line", *moves_table(moves, plan.cost.comm_time)]
+
+
+def moves_table(found: Sequence[Move], total: float, most: int = _MOST_LINES) -> list[str]:
+    """A line for each kind, mesh axis and source line; total: seconds that are 100%."""
     groups: dict[tuple[str, tuple[str, ...], str], list[Move]] = {}
-    for op in plan.ops:
-        for move in op.collectives:
-            groups.setdefault((move.kind, move.axes, move.source), []).append(move)
+    for move in found:
+        groups.setdefault((move.kind, move.axes, move.source), []).append(move)
     order = sorted(groups.items(), key=lambda item: (-_seconds(item[1]), item[0]))
-    total = plan.cost.comm_time
     lines = [
         (
             format_seconds(_seconds(moves)),
@@ -36,14 +40,15 @@ def communication(plan: Plan) -> list[str]:
             format_bytes(sum(m.nbytes * m.trips for m in moves)),
             line_text(source),
         )
-        for (kind, axes, source), moves in order[:_MOST_LINES]
+        for (kind, axes, source), moves in order[:most]
     ]
-    left = [moves for _, moves in order[_MOST_LINES:]]
     table = columns(lines, "rrlrrl", "  ")
-    at = max(map(len, table)) + 2
-    out = ["communication, by source line"]
-    for line, (_, moves) in zip(table, order, strict=False):
-        out.append(f"{line:<{at}}{moved(moves, WIDTH - at)}".rstrip())
+    at = max(map(len, table), default=0) + 2
+    out = [
+        f"{line:<{at}}{moved(moves, WIDTH - at)}".rstrip()
+        for line, (_, moves) in zip(table, order, strict=False)
+    ]
+    left = [moves for _, moves in order[most:]]
     if left:
         seconds = sum(map(_seconds, left))
         out.append(f"  and {len(left)} more: {format_seconds(seconds)}, {seconds / total:.0%}")
