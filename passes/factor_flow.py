@@ -53,10 +53,14 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The shared factors of an operation, and how many of its tensors are operands."""
+    """The shared factors of an operation, and how many of its tensors are operands.
+
+    elementwise: whether every tensor with any factor has the same ones in the same dims.
+    """
 
     operands: int
     shared: tuple[Shared, ...]
+    elementwise: bool
 
 
 def flow_of(op: Op, known: dict[tuple[int, str], Flow]) -> Flow:
@@ -83,7 +87,8 @@ def _flow(op: Op) -> Flow:
         for f, factor in enumerate(rule.factors)
         if factor.kind != "whole" and len(holders[f]) > 1
     )
-    return Flow(len(rule.operands), shared)
+    alike = {dims for dims in (*rule.operands, *rule.results) if any(dims)}
+    return Flow(len(rule.operands), shared, early and len(alike) == 1 and not op.is_link)
 
 
 def _directions(op: Op, kind: str, early: bool) -> tuple[int, int, int]:

@@ -31,6 +31,7 @@ w   f32[16,4{model}]
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -268,22 +269,52 @@ class _Run:
                     self.extend(op, f, holder, axes, have)
 
     def aggressive(self, op: int, factors: Sequence[Shared], kind: int) -> None:
-        """Let each value take what it can, unless two factors want one axis on it."""
-        claims: dict[int, list[tuple[Shared, Holder, Axes, dict[int, Axes]]]] = {}
+        """Let each value take what it can, results first.
+
+        Where two factors want one axis on a value, the one goes first whose axes come from the
+        larger value (it is cheaper to reshard the smaller one), in elementwise operations then the
+        one with more pieces, then the one of the earlier operand.
+        """
+        flow = self.flows[op]
+        asked = []
         for f in factors:
-            wanted = self.compatible(op, f, f.directions[kind])
-            have = {h[0]: self.axes_on(op, f, h) for h in f.holders}
-            for holder in f.holders:
-                axes = wanted[: self.takes(op, f, holder, wanted)]
-                if len(axes) > len(have[holder[0]]):
-                    claims.setdefault(holder[0], []).append((f, holder, axes, have))
-        for t, asked in claims.items():
-            used = self.used[self.tensors[op][t]]
-            for f, holder, axes, have in asked:
-                rivals = {a for g, _, theirs, _ in asked if g is not f for a in theirs}
-                free = [a in have[t] or not (used >> a & 1 or a in rivals) for a in axes]
-                axes = axes[: free.index(False)] if False in free else axes
-                self.extend(op, f, holder, axes, have)
+            axes = self.compatible(op, f, f.directions[kind])
+            if axes:
+                have = {h[0]: self.axes_on(op, f, h) for h in f.holders}
+                asked.append((*self.rank(op, axes, have), f.index, f, axes, have))
+        asked.sort(key=lambda a: a[:4])
+        for results in (True, False):
+            for *_, f, axes, have in asked:
+                for holder in f.holders:
+                    if (holder[0] >= flow.operands) == results:
+                        self.claim(op, f, holder, axes, have)
+
+    def rank(self, op: int, axes: Axes, have: dict[int, Axes]) -> tuple[int, int, int]:
+        """How soon a factor gets its way: by its source's size, its pieces, its source's place."""
+        tensors = self.tensors[op]
+        largest, first = max(
+            (math.prod(self.shapes[tensors[t]]), -t)
+            for t, theirs in have.items() if theirs[: len(axes)] == axes
+        )  # fmt: skip
+        pieces = math.prod(self.sizes[a] for a in axes) if self.flows[op].elementwise else 0
+        return -largest, -pieces, -first
+
+    def claim(
+        self, op: int, f: Shared, holder: Holder, axes: Axes, before: dict[int, Axes]
+    ) -> None:
+        """Give a factor of one value as many of the axes as nothing on that value forbids."""
+        t = holder[0]
+        flow, used = self.flows[op], self.used[self.tensors[op][t]]
+        axes = axes[: self.takes(op, f, holder, axes)]
+        free = [a in before[t] or not used >> a & 1 for a in axes]
+        axes = axes[: free.index(False)] if False in free else axes
+        if flow.elementwise and t < flow.operands:
+            # An operand gets no more than a result has: else both would have to be resharded.
+            for h in f.holders:
+                got = self.axes_on(op, f, h)
+                if h[0] >= flow.operands and axes[: len(got)] == got:
+                    axes = got
+        self.extend(op, f, holder, axes, before)
 
     def extend(
         self, op: int, f: Shared, holder: Holder, axes: Axes, before: dict[int, Axes]
