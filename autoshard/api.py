@@ -63,6 +63,14 @@ class Plan:
         return self.data.alternatives
 
     @property
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """Places, in flattened order, of arguments and of the results that take their place."""
+        traced = self._bound("state")
+        inputs = {v: k for k, v in enumerate(traced.graph.inputs)}
+        outputs = {v: k for k, v in enumerate(traced.graph.outputs)}
+        return tuple((inputs[i], outputs[o]) for i, o in state_pairs(traced))
+
+    @property
     def in_shardings(self) -> Any:
         """PartitionSpecs shaped like the arguments: a tuple, or (args, kwargs) if there were any."""
         args, kwargs = jax.tree.unflatten(

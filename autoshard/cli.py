@@ -1,0 +1,305 @@
+"""The command `autoshard`: plan, run, compare, explain, clusters.
+
+Every command is one public call and a print-out. Exit codes: 0 done; 1 no plan fits, or numbers
+differ; 2 the command or the user's code was wrong, in one sentence on stderr (`--debug` shows all);
+3 a fault of our own. jax is imported only by commands that need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from autoshard import atomic_file, cli_tables
+from autoshard.cli_errors import Failure, failure
+from autoshard.cli_target import Job, load
+from autoshard.progress import progress
+from autoshard.report import head
+
+if TYPE_CHECKING:
+    from autoshard.api import Plan
+
+P = ParamSpec("P")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Say how to split a JAX function over many devices, why so, how fast, in how much memory.",
+    epilog="TARGET is file.py:name or package.module:name; name() gives back (fn, args).",
+)
+
+Target = Annotated[str, typer.Argument(help="file.py:name or package.module:name")]
+OnCluster = Annotated[
+    str | None,
+    typer.Option("--cluster", help="such as tpu-v5e:4x4, h100:2x8, cpu:8; else the devices here"),
+]
+OnMesh = Annotated[
+    str | None, typer.Option("--mesh", help="fix the mesh: data=4,model=4", metavar="AXES")
+]
+Hints = Annotated[
+    list[str] | None,
+    typer.Option("--hint", help="'params/**/wq=None,model'; may be repeated", metavar="GLOB=SPEC"),
+]
+Solver = Annotated[str, typer.Option("--solver", help="ilp, propagate, dp, fsdp, tp or fsdp+tp")]
+Limit = Annotated[str | None, typer.Option("--memory-limit", help="of each device, such as 12GiB")]
+Donate = Annotated[
+    list[int] | None,
+    typer.Option("--donate", help="argument number whose memory the results may take; repeatable"),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of an error")]
+
+
+def main() -> int:
+    """The entry point; typer exits by itself."""
+    app(prog_name="autoshard")
+    return 0
+
+
+def _command(function: Callable[P, int]) -> Callable[P, None]:
+    """A command whose exceptions become a sentence and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = function(*args, **kwargs)
+        except BrokenPipeError:  # `autoshard plan ... | head`
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            found = failure(error, str(kwargs.get("target", "")))
+            _tell(found)
+            raise typer.Exit(found.code) from None
+        raise typer.Exit(code)
+
+    return run
+
+
+def _tell(found: Failure) -> None:
+    if found.details:
+        print(found.details.rstrip(), file=sys.stderr)
+    print(f"autoshard: {found.sentence}", file=sys.stderr)
+
+
+@app.command("plan")
+@_command
+def plan_command(
+    target: Target,
+    cluster: OnCluster = None,
+    mesh: OnMesh = None,
+    hint: Hints = None,
+    solver: Solver = "ilp",
+    memory_limit: Limit = None,
+    donate: Donate = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="write the plan to this file", metavar="FILE")
+    ] = None,
+    specs: Annotated[
+        bool, typer.Option("--specs", help="print PartitionSpecs to paste, nothing else")
+    ] = False,
+    debug: Debug = False,
+) -> int:
+    """Find the best plan and print it on one screen."""
+    del debug
+    if json is not None and not json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {json}: there is no folder {json.parent}")
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate)
+    if json is not None:
+        atomic_file.write(json, found.to_json())
+    if specs:
+        from autoshard.spec_text import specs_text
+
+        print(specs_text(dict(found.mesh), found.in_shardings, found.out_shardings))
+    else:
+        show(str(found))
+    return 0
+
+
+@app.command("run")
+@_command
+def run_command(
+    target: Target,
+    cluster: OnCluster = "cpu:8",
+    steps: Annotated[int, typer.Option("--steps", help="how often to run it", min=1)] = 1,
+    mesh: OnMesh = None,
+    hint: Hints = None,
+    solver: Solver = "ilp",
+    memory_limit: Limit = None,
+    donate: Donate = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="largest relative difference; else by dtype", min=0.0),
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Run it sharded beside unsharded, compare all results."""
+    del debug
+    from autoshard.virtual_devices import prepare
+
+    hardware = prepare(cluster)
+    from autoshard import same_numbers
+    from autoshard.api import plan
+
+    fn, args = _job(target)
+    args = same_numbers.fill(args)
+    with progress("planning") as tell:
+        found = plan(
+            fn,
+            *args,
+            cluster=hardware,
+            mesh=_mesh(mesh),
+            hints=_hints(hint),
+            donate_argnums=tuple(donate or ()),
+            memory_limit=memory_limit,
+            solver=solver,
+            progress=tell,
+        )
+    show("\n".join(head(found.data)) + "\n")
+    with progress("running") as tell:
+        tell("compiling")
+        compared = same_numbers.compare(
+            fn, found.compile(), args, found.state, steps, tolerance, tell
+        )
+    show(cli_tables.run_table(compared, steps, hardware.devices))
+    return 0 if compared.ok else 1
+
+
+@app.command("compare")
+@_command
+def compare_command(
+    target: Target,
+    cluster: OnCluster = None,
+    mesh: OnMesh = None,
+    hint: Hints = None,
+    memory_limit: Limit = None,
+    donate: Donate = None,
+    debug: Debug = False,
+) -> int:
+    """Show the search beside every baseline."""
+    del debug
+    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate)
+    from passes.search import SOLVERS
+
+    show(cli_tables.comparison(found.data, SOLVERS))
+    return 0
+
+
+@app.command("explain")
+@_command
+def explain_command(
+    target: Target,
+    glob: Annotated[str, typer.Argument(help="'params/**/wq', or a source line: train.py:14")],
+    cluster: OnCluster = None,
+    mesh: OnMesh = None,
+    hint: Hints = None,
+    solver: Solver = "ilp",
+    memory_limit: Limit = None,
+    donate: Donate = None,
+    debug: Debug = False,
+) -> int:
+    """Say why a value is split so, and what else costs."""
+    del debug
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate)
+    with progress("explaining"):
+        text = found.explain(glob)
+    show(text)
+    return 0
+
+
+@app.command("clusters")
+@_command
+def clusters_command(
+    name: Annotated[
+        str | None, typer.Argument(help="one of them, such as h100 or tpu-v5e:4x4")
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """List known hardware, or one kind with its sources."""
+    del debug
+    show(cli_tables.clusters_table() if name is None else cli_tables.cluster_text(name))
+    return 0
+
+
+def _plan(
+    target: str,
+    cluster: str | None,
+    mesh: str | None,
+    hint: list[str] | None,
+    solver: str,
+    memory_limit: str | None,
+    donate: list[int] | None,
+) -> Plan:
+    """Load the target and plan it."""
+    from cost_models.cluster import cluster as read_cluster
+
+    hardware = (
+        read_cluster(cluster) if cluster else None
+    )  # before the target is loaded: it is quick
+    axes, hints = _mesh(mesh), _hints(hint)
+    fn, args = _job(target)
+    from autoshard.api import plan
+
+    with progress("planning") as tell:
+        return plan(
+            fn,
+            *args,
+            cluster=hardware,
+            mesh=axes,
+            hints=hints,
+            donate_argnums=tuple(donate or ()),
+            memory_limit=memory_limit,
+            solver=solver,
+            progress=tell,
+        )
+
+
+def _job(target: str) -> Job:
+    """The target's function and arguments; of a parallelized function the function itself."""
+    fn, args = load(target)
+    from autoshard.api import Parallelized
+
+    return inspect.unwrap(fn, stop=lambda f: not isinstance(f, Parallelized)), args
+
+
+def _mesh(text: str | None) -> dict[str, int] | None:
+    from passes.ir.mesh import Mesh
+
+    return None if text is None else Mesh.parse(text).as_dict()
+
+
+def _hints(texts: list[str] | None) -> dict[str, Any]:
+    from passes.hints import HintError, parse_spec
+
+    out: dict[str, Any] = {}
+    for text in texts or ():
+        glob, sign, spec = text.partition("=")
+        if not sign or not glob:
+            raise HintError(
+                f"cannot read --hint {text!r}; write GLOB=SPEC: 'params/**/wq=None,model'"
+            )
+        out[glob] = parse_spec(spec)
+    return out
+
+
+def show(text: str) -> None:
+    """Print to stdout; on a terminal headings are bold, and what splits a dim has a colour."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        print(text)
+        return
+    styled = Text(text)
+    styled.highlight_regex(r"(?m)^\S.*$", "bold")
+    styled.highlight_regex(r"\{[^{}\n]*\}", "cyan")
+    styled.highlight_regex(r"(?<=\[)#+", "green")
+    styled.highlight_regex(r"(?<=[\[#])-+(?=[.\]])", "yellow")
+    styled.highlight_regex(r"NUMBERS DIFFER.*|TOO LARGE|does not fit.*", "red")
+    console.print(styled)

@@ -1,0 +1,151 @@
+"""What do `compare`, `run` and `clusters` print?  Their tables, as plain text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoshard.columns import columns
+from autoshard.report import cluster_name, how_found
+from autoshard.report_costs import fits
+from cost_models import cluster_file
+from cost_models.cluster import Cluster, cluster, names
+from cost_models.units import format_bytes, format_flops, format_seconds
+from passes.hints import path_of
+from passes.ir.plan import Alternative, Plan
+
+if TYPE_CHECKING:  # it imports jax, which `autoshard clusters` need not
+    from autoshard.same_numbers import Comparison
+
+_MOST_DIFFERENCES = 8
+
+
+# compare
+
+
+def comparison(plan: Plan, solvers: tuple[str, ...]) -> str:
+    """The plan beside the best that each other solver finds on any mesh, in one table."""
+    ours = Alternative(plan.solver, plan.mesh, plan.cost)
+    lines = [("solver", "mesh", "step", "", "compute", "comm", "memory", "fits")]
+    for solver in solvers:
+        found = ours if solver == plan.solver else _best(plan, solver)
+        lines.append(_compared(solver, found, plan))
+    limit = format_bytes(plan.memory_limit)
+    return "\n".join(
+        [
+            f"{plan.name} on {cluster_name(plan)}, {limit} on each device",
+            *columns(lines, "llrrrrrl", "  "),
+            f"each on its best mesh; {how_found(plan)}",
+        ]
+    )
+
+
+def _best(plan: Plan, solver: str) -> Alternative | None:
+    """What fits before what does not, the faster first."""
+    found = [a for a in plan.alternatives if a.solver == solver]
+    return min(
+        found,
+        key=lambda a: (not fits(a, plan), a.cost is None, a.cost.step_time if a.cost else 0.0),
+        default=None,
+    )
+
+
+def _compared(solver: str, a: Alternative | None, plan: Plan) -> tuple[str, ...]:
+    if a is None or a.cost is None:
+        return solver, "", "", "", "", "", "", (a.note if a else "") or "not feasible"
+    cost = a.cost
+    return (
+        solver,
+        " ".join(f"{n}={s}" for n, s in a.mesh),
+        format_seconds(cost.step_time),
+        f"{cost.step_time / plan.cost.step_time:.2f}x" if plan.cost.step_time else "",
+        format_seconds(cost.compute_time),
+        format_seconds(cost.comm_time),
+        format_bytes(cost.peak_memory),
+        "yes" if fits(a, plan) else "no",
+    )
+
+
+# run
+
+
+def run_table(found: Comparison, steps: int, devices: int) -> str:
+    """The largest differences, and whether all are within their tolerance."""
+    worst = found.differences[:_MOST_DIFFERENCES]
+    lines = [("result", "type", "difference", "allowed", "")]
+    for d in worst:
+        said = "TOO LARGE" if not d.ok else "" if d.finite else "holds NaN or infinity"
+        lines.append((path_of(d.path), d.type, f"{d.largest:.1e}", f"{d.tolerance:.0e}", said))
+    left = len(found.differences) - len(worst)
+    many = f"{steps} step{'s' if steps > 1 else ''}"
+    wrong = sum(not d.ok for d in found.differences)
+    verdict = (
+        f"same numbers: all {len(found.differences)} results of {many} agree"
+        if not wrong
+        else f"NUMBERS DIFFER: {wrong} of {len(found.differences)} results, in {many}"
+    )
+    return "\n".join(
+        [
+            "sharded beside unsharded, relative to each result's largest element",
+            *columns(lines, "llrrl", "  "),
+            *([f"  and {left} more, with smaller differences"] if left else []),
+            f"a step takes {format_seconds(found.sharded_seconds)} on {devices} devices, "
+            f"{format_seconds(found.plain_seconds)} on one",
+            verdict,
+        ]
+    )
+
+
+# clusters
+
+
+def clusters_table() -> str:
+    """The catalogue: one line for each kind."""
+    lines = [("name", "memory", "bandwidth", "bfloat16", "wires")]
+    for name in names():
+        c = _any_size(name)
+        wires = " + ".join(f"{w.name} {_rate(w.bandwidth)}" for w in reversed(c.network))
+        peak = c.chip.peak_flops.get("bfloat16") or max(c.chip.peak_flops.values())
+        lines.append(
+            (
+                name,
+                format_bytes(c.chip.hbm_total_bytes),
+                _rate(c.chip.hbm_bandwidth),
+                f"{format_flops(peak)}/s",
+                wires,
+            )
+        )
+    how = (
+        "Say how many and how they are wired: cpu:8, h100:2x8 (nodes x GPUs), tpu-v5e:4x4 (torus)."
+    )
+    return "\n".join(
+        [*columns(lines, "lrrrl"), "", how, "autoshard clusters NAME shows the numbers."]
+    )
+
+
+def _rate(bandwidth: float) -> str:
+    """As data sheets write it, in powers of ten."""
+    return f"{bandwidth / 1e9:.4g} GB/s"
+
+
+def _any_size(name: str) -> Cluster:
+    """The smallest cluster of that kind."""
+    file = cluster_file.catalogue_file(name)
+    assert file is not None, f"{name} is in the catalogue"
+    levels = cluster_file.read(file)["network"]
+    return cluster(f"{name}:{'x'.join('1' * levels[-1]['dims'])}")
+
+
+def cluster_text(spec: str) -> str:
+    """One cluster: what its file says, every number beside its source. Raises ClusterError."""
+    name, head = spec, []
+    if ":" in spec and not spec.endswith(".toml"):
+        name, c = spec.rpartition(":")[0], cluster(spec)
+        room = format_bytes(c.memory_limit)
+        head = [f"{c}: {c.devices} x {c.chip.name}, {room} for a program on each", ""]
+    file = Path(name) if name.endswith(".toml") else cluster_file.catalogue_file(name)
+    if file is None:
+        cluster(name)  # raises: it knows which names are near
+        raise AssertionError(f"{name} is a cluster without a file")
+    cluster_file.read(file)
+    return "\n".join([*head, file.read_text(encoding="utf-8").rstrip()])

@@ -1,0 +1,179 @@
+"""Does the planned function give the numbers of the plain one?  Both run, from the same arguments.
+
+At every step plain `jax.jit` on one device starts from what the planned function has come to, so
+that differences do not pile up: training is chaotic, and a harmless change of rounding would show
+after a hundred steps. Arguments that are only shapes are filled with small numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Relative to an array's largest element: sums are made in another order.
+_TOLERANCES = {8: 1e-8, 4: 1e-3, 2: 5e-2, 1: 0.25}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The largest difference of one result over all steps, relative to its largest element.
+
+    finite: whether it has no NaN and no infinity; where both have the same ones they agree.
+    """
+
+    path: str
+    type: str
+    largest: float
+    tolerance: float
+    finite: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within the tolerance."""
+        return self.largest <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Differences, the worst first, and seconds of a step (the median, without the first)."""
+
+    differences: tuple[Difference, ...]
+    sharded_seconds: float
+    plain_seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every result is within its tolerance."""
+        return all(d.ok for d in self.differences)
+
+
+def compare(
+    fn: Callable[..., Any],
+    sharded: Callable[..., Any],
+    args: Sequence[Any],
+    state: Sequence[tuple[int, int]],
+    steps: int,
+    tolerance: float | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Run fn and its sharded form side by side.
+
+    state: (argument, result) places in flattened order; the result becomes the argument of the next
+    step. tolerance: for all results; None for one that suits each dtype.
+    """
+    flat, tree = jax.tree.flatten(tuple(args))
+    device = jax.devices()[0]
+    plain = jax.jit(fn)
+    worst: dict[int, float] = {}
+    seconds: list[tuple[float, float]] = []
+    outs: list[tuple[Any, Any]] = []
+    for step in range(steps):
+        if tell:
+            tell(f"step {step + 1} of {steps}")
+        # Copies: the sharded step may take its arguments' memory.
+        here = [_copied(x, device) for x in flat]
+        result, ours = _timed(sharded, jax.tree.unflatten(tree, flat))
+        expected, theirs = _timed(plain, jax.tree.unflatten(tree, here))
+        seconds.append((ours, theirs))
+        outs = jax.tree_util.tree_leaves_with_path(result)
+        for k, ((_, x), y) in enumerate(zip(outs, jax.tree.leaves(expected), strict=True)):
+            worst[k] = max(worst.get(k, 0.0), difference(_host(x), _host(y)))
+        for argument, given in state:
+            flat[argument] = outs[given][1]
+    found = [_difference(path, x, worst[k], tolerance) for k, (path, x) in enumerate(outs)]
+    found.sort(key=lambda d: (d.ok, -d.largest / d.tolerance if d.tolerance else -d.largest))
+    medians = np.median(seconds[1:] or seconds, axis=0)
+    return Comparison(tuple(found), float(medians[0]), float(medians[1]))
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """The largest difference relative to the largest element; infinite where only one is finite.
+
+    >>> difference(np.array([1.0, 2.0]), np.array([1.0, 2.5]))
+    0.2
+    """
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return math.inf
+    if not np.issubdtype(ours.dtype, np.number) and not jnp.issubdtype(ours.dtype, jnp.number):
+        return float(bool(np.any(ours != theirs)))
+    wide = np.complex128 if jnp.issubdtype(ours.dtype, jnp.complexfloating) else np.float64
+    a, b = ours.astype(wide), theirs.astype(wide)
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return math.inf
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return math.inf
+    gap = float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
+    return gap / max(float(np.max(np.abs(b[finite]), initial=0.0)), 1e-30) if gap else 0.0
+
+
+def fill(args: Any) -> Any:
+    """The same arguments with arrays in place of shapes: numbers in [0, 0.1), integers 0 or 1."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: _numbers(rng, x) if isinstance(x, jax.ShapeDtypeStruct) else x, args
+    )
+
+
+def _numbers(rng: np.random.Generator, x: jax.ShapeDtypeStruct) -> Any:
+    """Never negative, so that an optimizer's second moments have a root; never out of bounds."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        keys = jax.random.split(jax.random.key(0, impl=_implementation(x.dtype)), x.size)
+        return keys.reshape(x.shape)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return (rng.random(x.shape) * 0.1).astype(x.dtype)
+    return rng.integers(0, 2, x.shape).astype(x.dtype)
+
+
+def _implementation(dtype: Any) -> str:
+    """`fry` in `key<fry>` stands for the generator threefry2x32, and so on."""
+    names = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+    return names.get(str(dtype).removeprefix("key<").rstrip(">"), "threefry2x32")
+
+
+def _copied(x: Any, device: jax.Device) -> Any:
+    """A copy on one device, of the same type."""
+    if isinstance(x, bool | int | float | complex):
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        bits = jax.device_put(_host(x), device)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
+    if getattr(x, "weak_type", False) and x.ndim == 0:
+        return x.item()  # through numpy it would lose its weak type
+    return jax.device_put(_host(x), device)
+
+
+def _host(x: Any) -> Any:
+    """A copy in host memory; keys of random generators as their bits."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return np.array(jax.random.key_data(x))
+    return np.array(x)
+
+
+def _timed(step: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    out = jax.block_until_ready(step(*args))
+    return out, time.perf_counter() - start
+
+
+def _difference(path: Any, x: Any, largest: float, tolerance: float | None) -> Difference:
+    dtype = x.dtype
+    allowed = tolerance
+    if allowed is None:
+        allowed = 0.0
+        if jnp.issubdtype(dtype, jnp.inexact):
+            parts = 2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1
+            allowed = _TOLERANCES.get(np.dtype(dtype).itemsize // parts, 0.25)
+    finite = not jnp.issubdtype(dtype, jnp.inexact) or bool(jnp.isfinite(x).all())
+    return Difference(f"result{jax.tree_util.keystr(path)}", _type(x), largest, allowed, finite)
+
+
+def _type(x: Any) -> str:
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
