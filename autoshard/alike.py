@@ -167,7 +167,7 @@ def _over_names(drafts: Sequence[_Draft], position: int) -> list[_Draft]:
     return list(out.values())
 
 
-def _part_text(names: Path, most: int = 32) -> str:
+def _part_text(names: Path, most: int = 24) -> str:
     """`wq`, `{wk,wq}`, or `{wk,wo,.. 7 more}` where that gets too long."""
     if len(names) == 1:
         return names[0]

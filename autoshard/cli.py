@@ -298,7 +298,7 @@ def show(text: str) -> None:
         return
     styled = Text(text)
     styled.highlight_regex(r"(?m)^\S.*$", "bold")
-    styled.highlight_regex(r"\{[^{}\n]*\}", "cyan")
+    styled.highlight_regex(r"(?<=\d)\{[^{}\n]*\}", "cyan")
     styled.highlight_regex(r"(?<=\[)#+", "green")
     styled.highlight_regex(r"(?<=[\[#])-+(?=[.\]])", "yellow")
     styled.highlight_regex(r"NUMBERS DIFFER.*|TOO LARGE|does not fit.*", "red")

@@ -17,7 +17,7 @@ from passes.ir.graph import short_dtype
 from passes.ir.plan import Plan, TensorPlan
 
 WIDTH = 100
-_MOST_ROWS, _MOST_RESULTS, _MOST_NOTES, _MOST_PATH = 18, 6, 4, 48
+_MOST_ROWS, _MOST_RESULTS, _MOST_NOTES, _LEAST_PATH = 18, 6, 4, 24
 
 
 def report(plan: Plan) -> str:
@@ -167,9 +167,8 @@ def _largest(found: list[Row], most: int) -> tuple[list[Row], list[str]]:
 
 
 def _table(found: Sequence[Row]) -> list[str]:
-    lines = [
+    rest = [
         (
-            cut(r.path, _MOST_PATH),
             r.type,
             f"x{r.count}" if r.count > 1 else "",
             format_bytes(r.nbytes),
@@ -177,12 +176,16 @@ def _table(found: Sequence[Row]) -> list[str]:
         )
         for r in found
     ]
+    # Paths get the room that the other columns leave.
+    taken = max((len(line) for line in columns(rest, "lrrl", "    ", 999)), default=0)
+    room = max(WIDTH - taken, _LEAST_PATH)
+    lines = [(cut(r.path, room), *row) for r, row in zip(found, rest, strict=True)]
     return columns(lines, "llrrl", "  ", WIDTH)
 
 
 def hint_text(origin: str) -> str:
-    """Who fixed it: `hints['params/*']`, `annotated at train.py:14`, or nothing."""
-    return origin if origin.startswith("hints[") or not origin else f"annotated at {origin}"
+    """Who fixed it: `hints['params/*']`, `hint train.py:14`, or nothing."""
+    return origin if origin.startswith("hints[") or not origin else f"hint {origin}"
 
 
 # Notes

@@ -20,7 +20,8 @@ _MOST_LINES, _MOST_LOST, _MOST_MESHES = 8, 9, 3
 def communication(plan: Plan) -> list[str]:
     """Collectives by kind, mesh axis and source line, the longest first."""
     if not plan.cost.comm_time:
-        return ["communication  none"]
+        alone = plan.mesh_axes.devices > 1 and not any(op.strategy for op in plan.ops)
+        return ["communication  none" + (": every device does the whole work" if alone else "")]
     moves = [move for op in plan.ops for move in op.collectives]
     return ["communication, by source line", *moves_table(moves, plan.cost.comm_time)]
 
