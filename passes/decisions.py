@@ -50,9 +50,9 @@ def decide(graph: Graph, hints: Sequence[Hint] = ()) -> Decisions:
     forest = _Forest(graph, partial, [h for h in hints if h.hard])
     for a, b in graph.ties:
         forest.tie(a, b, tuple(range(len(graph.values[a].shape))))
-    readers = _reader_counts(graph)
+    ties = _Ties(graph)
     for op in graph.ops:
-        for k in _tied_operands(graph, op, readers):
+        for k in ties.operands(op):
             mapping = _same_dims(op.rule, k)
             if mapping is None:
                 continue
@@ -76,14 +76,44 @@ def _reader_counts(graph: Graph) -> list[int]:
     return readers
 
 
-def _tied_operands(graph: Graph, op: Op, readers: Sequence[int]) -> list[int]:
-    """Operands whose sharding gains nothing from differing from the result's."""
-    if not op.rule.fuses or len(op.outputs) != 1 or op.name == "loop_enter":
-        return []
-    arrays = [k for k, v in enumerate(op.inputs) if graph.values[v].type.size > 1]
-    if len(arrays) == 1 or op.name in ("scan_slice", "scan_stack"):
-        return arrays
-    return [k for k in arrays if readers[op.inputs[k]] == 1]
+class _Ties:
+    """Which operands of an operation share its result's sharding; operations come in order.
+
+    One that nobody else reads; and the only large one, when it is itself a step of such a chain.
+    What a residual stream carries is neither: there a change of sharding can pay (the switch
+    between the spatial and the temporal blocks of a video transformer, DSP, arXiv 2403.10266).
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.readers = _reader_counts(graph)
+        self.spread = [v.kind == "literal" for v in graph.values]  # made from nothing, or from less
+        self.chained = [False] * len(graph.values)
+
+    def operands(self, op: Op) -> list[int]:
+        """Operand indices to tie to the result."""
+        if not op.rule.fuses or len(op.outputs) != 1 or op.name == "loop_enter":
+            return []
+        out = op.outputs[0]
+        size = self.graph.values[out].type.size
+        arrays = [k for k, v in enumerate(op.inputs) if self.graph.values[v].type.size > 1]
+        self.spread[out] = op.name in ("broadcast_in_dim", "iota") or (
+            bool(arrays) and all(self.spread[op.inputs[k]] for k in arrays)
+        )
+        if len(arrays) == 1 or op.name in ("scan_slice", "scan_stack"):
+            self.chained[out] = not op.is_link
+            return arrays
+        large = [
+            k
+            for k in arrays
+            if self.graph.values[op.inputs[k]].type.size == size and not self.spread[op.inputs[k]]
+        ]
+        alone = [k for k in arrays if self.readers[op.inputs[k]] == 1]
+        if len(large) != 1:
+            return alone
+        self.chained[out] = True
+        tie = alone + large if self.chained[op.inputs[large[0]]] else alone
+        return list(dict.fromkeys(tie))
 
 
 def _same_dims(rule: Rule, k: int) -> DimMap | None:
@@ -118,31 +148,38 @@ def _anchor(op: Op) -> tuple[str, int] | None:
 
 
 def _partial_values(graph: Graph) -> tuple[bool, ...]:
-    """Values worth keeping partial: a reduction makes them and a later linear step gains from it.
+    """Values worth keeping partial: on their way from a reduction to a sum of several of them.
 
-    A sum of several partial values needs one all-reduce instead of several; a linear reduction
-    of one shrinks what is to be reduced.
+    Such a sum needs one all-reduce instead of several.
     """
     can = [False] * len(graph.values)
     for op in graph.ops:
         if op.is_link or op.effects:
             continue
         splits = any(f.kind == "reduction" and f.op == "add" and f.size > 1 for f in op.rule.factors)
-        passes_on = any(all(can[op.inputs[k]] for k in g) for g in op.rule.linear)
+        passes_on = _sums(op) and all(can[v] for v in op.inputs)
         for v in op.outputs:
             can[v] = splits or passes_on
     for v in (*graph.inputs, *graph.outputs):
         can[v] = False
     worth = [False] * len(graph.values)
     for op in reversed(graph.ops):
-        if op.is_link or not any(can[v] for v in op.outputs):
+        if not _sums(op) or not can[op.outputs[0]] or not all(can[v] for v in op.inputs):
             continue
-        later = any(worth[v] for v in op.outputs)
-        for g in op.rule.linear:
-            if all(can[op.inputs[k]] for k in g) and (later or len(g) > 1):
-                for k in g:
-                    worth[op.inputs[k]] = True
-    return tuple(w and c for w, c in zip(worth, can, strict=True))
+        if len(op.inputs) > 1 or worth[op.outputs[0]]:
+            for v in op.inputs:
+                worth[v] = True
+    return tuple(worth)
+
+
+# What a partial value may pass on its way to a sum: XLA moves all-reduces over these and merges
+# those of a sum's operands (its all-reduce reassociation), so that the lowering needs no more than
+# to leave such values unconstrained.
+CARRIES = frozenset({"add", "add_any", "sub", "neg", "copy", "transpose", "reshape", "squeeze"})
+
+
+def _sums(op: Op) -> bool:
+    return op.name in CARRIES and bool(op.rule.linear)
 
 
 class _Forest:

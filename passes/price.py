@@ -21,7 +21,7 @@ from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink, lay
-from passes.decisions import Decisions, DimMap, Group
+from passes.decisions import CARRIES, Decisions, DimMap, Group
 from passes.ir.graph import Graph, Op, Type
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST, PARTIAL
@@ -351,7 +351,7 @@ class _Pricer:
 
     def linear_groups(self, op: Op) -> tuple[int, ...]:
         """Linear groups of operands that may all be partial, when the results may be too."""
-        if op.is_link or not any(self.decisions.partial[v] for v in op.inputs):
+        if op.name not in CARRIES:
             return ()
         return tuple(
             g
