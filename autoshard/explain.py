@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ from passes.search import Found, search
 from passes.what_if import WhatIf, touching, what_if, without_limit
 
 Progress = Callable[[str], None]
+_WIDTH = 100
 _MOST_TARGETS, _MOST_OTHERS, _MOST_HELD, _MOST_MOVES = 4, 6, 5, 6
 
 
@@ -70,7 +72,14 @@ def explain(plan: Plan, found: Found | None, glob: str, progress: Progress | Non
                 f"{format_seconds(plan.cost.step_time)} and {format_bytes(plan.cost.peak_memory)}."
             ]
         )
-    return "\n\n".join("\n".join(lines) for lines in parts)
+    return "\n\n".join("\n".join(_within(line) for line in lines) for lines in parts)
+
+
+def _within(line: str) -> str:
+    """The line, broken where it is wider than a screen."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    wrapped = textwrap.wrap(line, _WIDTH, subsequent_indent=indent, drop_whitespace=False)
+    return line if len(line) <= _WIDTH else "\n".join(w.rstrip() for w in wrapped)
 
 
 def search_again(plan: Plan, graph: Graph, state: Sequence[tuple[int, int]]) -> Found:
