@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from autoshard.alike import rows, type_text
+from autoshard.alike import mirrors, rows, type_text
 from autoshard.columns import columns
 from autoshard.report import hint_text
 from autoshard.report_costs import line_text, moves_table
@@ -119,8 +119,10 @@ def _targets(plan: Plan, found: Found, glob: str) -> list[Target]:
             k for k, t in enumerate(tensors) if glob == t.name or match(glob, path_of(t.name))
         ]
         if places:
-            found_rows = rows(tensors, places, names=False)
-            return [Target(r.path, r.type, r.count, values[r.first]) for r in found_rows]
+            copies = {k for m in mirrors(tensors) for _, k in m.pairs}
+            lines = rows(tensors, places, names=False)
+            lines.sort(key=lambda r: (r.first in copies, r.first))  # parameters before moments
+            return [Target(r.path, r.type, r.count, values[r.first]) for r in lines]
     made = _made_at(graph, glob)
     if not made:
         raise HintError(_nothing(graph, glob))
