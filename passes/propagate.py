@@ -105,7 +105,7 @@ class _Run:
     """The state while propagating. Lists are indexed by value, and used at roots only.
 
     dims: per dim the axes that split it. shut: per dim whether a hint closed it. used, kept: bits
-    of the axes that split the value, and of those that a later hint will need on it.
+    of the axes that split the value, and of those that its hints need.
     """
 
     def __init__(self, graph: Graph, mesh: Mesh, group: Sequence[int]) -> None:
@@ -146,7 +146,6 @@ class _Run:
             for d, (axes, hint) in enumerate(zip(anchor.dims, anchor.hints, strict=True)):
                 if hint is None or axes is None or hint.priority != priority:
                     continue
-                self.kept[root] &= ~_bits(axes)
                 self.used[root] |= _bits(axes)
                 self.dims[root][d] = axes
                 for a in axes:
