@@ -183,18 +183,25 @@ def rule_text(rule: Rule, operands: Sequence[Type], results: Sequence[Type]) -> 
     if bare == whole(shapes[: len(operands)], shapes[len(operands) :]):
         return "whole", ""
     known = sizes_by_letter(rule, shapes)
+    factors = _in_order_of_mention(rule)
     marks = []
-    unknown = [f"{f.name}={f.size}" for f in rule.factors if known.get(f.name) != f.size]
+    unknown = [f"{f.name}={f.size}" for f in factors if known.get(f.name) != f.size]
     if unknown:
         marks.append("{" + " ".join(unknown) + "}")
-    for kind in dict.fromkeys(_kind_mark(f) for f in rule.factors if f.kind != "parallel"):
-        of_kind = [f for f in rule.factors if f.kind != "parallel" and _kind_mark(f) == kind]
+    for kind in dict.fromkeys(_kind_mark(f) for f in factors if f.kind != "parallel"):
+        of_kind = [f for f in factors if f.kind != "parallel" and _kind_mark(f) == kind]
         marks.append(f"{kind}({' '.join(_halo_text(f) for f in of_kind)})")
     if rule.linear:
         marks.append(f"linear({', '.join(' '.join(map(str, g)) for g in rule.linear)})")
     if rule.source != "hand":
         marks.append(f"from({rule.source})")
     return rule.notation(), " ".join(marks)
+
+
+def _in_order_of_mention(rule: Rule) -> list[Factor]:
+    """The factors as a reader of the notation meets them, which is the order they read back in."""
+    tensors = (*rule.operands, *rule.results)
+    return [rule.factors[f] for f in dict.fromkeys(f for t in tensors for dim in t for f in dim)]
 
 
 def _with_distinct_letters(rule: Rule) -> Rule:

@@ -168,6 +168,10 @@ def rules(draw: st.DrawFn, operand: tuple[int, ...]) -> tuple[Rule, tuple[int, .
                        draw(st.integers(1, 4)) if kind == "halo" else 0)
             )  # fmt: skip
         dims.append(tuple(range(first, len(factors))))
+    # A rule need not number its factors in the order of its dims.
+    order = draw(st.permutations(range(len(factors))))
+    factors = [factors[order.index(k)] for k in range(len(factors))]
+    dims = [tuple(order[k] for k in dim) for dim in dims]
     kept = [k for k, f in enumerate(factors) if f.kind != "reduction"]
     kept = draw(st.permutations(kept)) if kept else []
     rule = Rule(
