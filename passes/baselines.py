@@ -22,6 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST
 from passes.price import Priced
 from passes.propagate import propagate
+from passes.solve.problem import INFINITY
 from passes.strategies import Axes
 
 BASELINES = ("dp", "fsdp", "tp", "fsdp+tp")
@@ -37,7 +38,7 @@ def baseline(name: str, priced: Priced, hints: Sequence[Hint], batch: Sequence[i
     if name != "propagate":
         seeds += _SEEDS[name](graph, mesh, batch)
     spread = propagate(graph, mesh, seeds)
-    return choose(priced, [s.axes for s in spread.shardings])
+    return choose(priced, [s.axes for s in spread.shardings], name == "propagate")
 
 
 def _batch_hints(graph: Graph, batch: Sequence[int], mesh: Mesh, axes: tuple[str, ...]) -> list[Hint]:
@@ -210,8 +211,12 @@ def _follow(graph: Graph, o: int, size: int, split: dict[int, int | None]) -> No
 # From shardings to a choice
 
 
-def choose(priced: Priced, axes: Sequence[Axes]) -> list[int]:
-    """The choice nearest to these value shardings: groups as they say, operations as is cheapest."""
+def choose(priced: Priced, axes: Sequence[Axes], as_it_comes: bool = False) -> list[int]:
+    """The choice nearest to these value shardings: groups as they say, operations as is cheapest.
+
+    as_it_comes: operations split only as their tensors already are, as a partitioner that does not
+    search would: they look at what is to be moved and not at what there is to compute.
+    """
     choice = [0] * len(priced.meanings)
     fixed = [False] * len(priced.meanings)
     for group in priced.decisions.groups:
@@ -221,7 +226,7 @@ def choose(priced: Priced, axes: Sequence[Axes]) -> list[int]:
         choices = {c: i for i, c in enumerate(priced.meanings[node].choices)}
         choice[node] = _nearest(choices, _wanted(group.members, axes))
         fixed[node] = True
-    _settle(priced, choice, fixed)
+    _settle(priced, choice, fixed, as_it_comes)
     return choice
 
 
@@ -248,7 +253,9 @@ def _nearest(choices: dict[Axes, int], wanted: Axes) -> int:
     )[1]
 
 
-def _settle(priced: Priced, choice: list[int], fixed: Sequence[bool]) -> None:
+def _settle(
+    priced: Priced, choice: list[int], fixed: Sequence[bool], as_it_comes: bool
+) -> None:
     """Let every node that is not fixed take what is cheapest beside its neighbours, twice over."""
     problem = priced.problem
     around: list[list[tuple[int, np.ndarray]]] = [[] for _ in choice]  # type: ignore[type-arg]
@@ -262,7 +269,8 @@ def _settle(priced: Priced, choice: list[int], fixed: Sequence[bool]) -> None:
         for node, free in enumerate(fixed):
             if free:
                 continue
-            total = problem.nodes[node].costs.copy()
+            own = problem.nodes[node].costs
+            total = np.where(own < INFINITY, own * 1e-9, own) if as_it_comes else own.copy()
             for other, costs in around[node]:
                 total += costs[:, choice[other]] if known[other] else costs.min(axis=1)
             choice[node] = int(total.argmin())

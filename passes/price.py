@@ -481,12 +481,11 @@ def op_seconds(
     rule, split = op.rule, parts(strategy, mesh.sizes)
     types = [graph.values[v].type for v in (*op.inputs, *op.outputs)]
     moved = 0.0
-    if rule.moved is not None and not rule.fuses:
-        moved = rule.moved / split
-    else:
-        for k in counted:
-            axes = tensor_of(op, k, strategy, mesh.sizes)
-            moved += types[k].nbytes / _shards(axes, mesh.sizes)
+    for k in counted:
+        axes = tensor_of(op, k, strategy, mesh.sizes)
+        moved += types[k].nbytes / _shards(axes, mesh.sizes)
+    if rule.moved is not None:  # a slice does not read all of its operand
+        moved = min(moved, rule.moved / split) if rule.fuses else rule.moved / split
     flops = rule.flops / split
     time = compute_seconds(
         cluster.chip, flops, moved, types[0].dtype if types else "float32", op.name in MATRIX_OPS
@@ -516,14 +515,17 @@ def _halo_seconds(
     total = 0.0
     for f, n in factor_parts(strategy, mesh.sizes).items():
         factor = op.rule.factors[f]
-        if factor.kind != "halo" or not factor.halo:
+        if not factor.halo:
             continue
         axis = strategy.index(f)
         for k, dims in enumerate(op.rule.operands):
-            if any(f in dim for dim in dims):
-                share = types[k].nbytes / _shards(operand_axes(op.rule, k, strategy, mesh.sizes), mesh.sizes)
-                share *= min(1.0, factor.halo * n / factor.size)
-                total += seconds("permute", share, links[axis])
+            for d, dim in enumerate(dims):
+                if f in dim:
+                    axes = operand_axes(op.rule, k, strategy, mesh.sizes)
+                    local = types[k].nbytes / _shards(axes, mesh.sizes)
+                    # The halo is counted in the operand's elements along this dim.
+                    share = local * min(1.0, factor.halo * n / types[k].shape[d])
+                    total += seconds("permute", share, links[axis])
     return total
 
 
