@@ -6,6 +6,7 @@ it still prints and explains, but can not be lowered.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,9 @@ class Plan:
         return self.data.to_json()
 
     @staticmethod
-    def from_json(text: str, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Plan:
+    def from_json(
+        text: str, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Plan:
         """Read a plan; with the function and its arguments, bind it to them.
 
         Raises PlanError for text that is no plan, and for a function that is not the plan's.
@@ -119,7 +122,7 @@ class Plan:
                 f"this plan was made for another function or other shapes than {traced.graph.name}: "
                 f"{found}. Plan again for this one."
             )
-        return Plan(self.data, traced)
+        return Plan(self.data, _donating(traced, self.data.donated))
 
     def lower(self, devices: Sequence[Any] | jax.sharding.Mesh | None = None) -> jax.stages.Lowered:
         """The program for these devices: real ones, virtual ones, or a compile-only topology's.
@@ -133,7 +136,9 @@ class Plan:
         staged = jitted.trace(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced.in_avals))
         return staged.lower(lowering_platforms=(platform,))
 
-    def compile(self, devices: Sequence[Any] | jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+    def compile(
+        self, devices: Sequence[Any] | jax.sharding.Mesh | None = None
+    ) -> Callable[..., Any]:
         """The compiled function: takes and returns what fn does, and places arguments by itself."""
         traced = self._bound("compile")
         mesh = self._device_mesh(devices)
@@ -303,11 +308,17 @@ def _traced(
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
 ) -> Traced:
-    from dataclasses import replace
-
     _check_arguments(fn, args, kwargs, jit_options)
     traced = trace(fn, *args, **jit_options, **kwargs)
-    return replace(traced, graph=drop_dead(traced.graph))
+    return dataclasses.replace(traced, graph=drop_dead(traced.graph))
+
+
+def _donating(traced: Traced, donated: Sequence[int]) -> Traced:
+    """The same function, donating these of its flat arguments."""
+    inputs = traced.graph.inputs
+    graph = dataclasses.replace(traced.graph, donated=frozenset(inputs[i] for i in donated))
+    flags = tuple(i in set(donated) for i in range(len(inputs)))
+    return dataclasses.replace(traced, graph=graph, donated=flags)
 
 
 def _check_arguments(

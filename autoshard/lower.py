@@ -17,7 +17,7 @@ from jax import lax
 
 from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts
 from autoshard.mesh import named_sharding
-from autoshard.trace import INLINED, REMAT, Path, Traced
+from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
 from passes.ir.plan import Axes, Plan
 from passes.ir.sharding import PARTIAL
@@ -107,6 +107,10 @@ class _Emitter:
         if name in INLINED:
             inner, consts = open_jaxpr(eqn.params[INLINED[name]])
             return self.walk(inner, consts, operands, path)
+        if name == "custom_linear_solve":
+            body, operands = solve_part(eqn, operands)
+            inner, consts = open_jaxpr(body)
+            return self.walk(inner, consts, operands, path)
         if name in REMAT:
             return self.remat(eqn, operands, path)
         if name == "scan":
@@ -141,9 +145,7 @@ class _Emitter:
         inner, body_consts = open_jaxpr(eqn.params["jaxpr"])
         n_consts, n_carry = scan_counts(eqn.params)
         entering = n_consts + n_carry
-        entered = [
-            self.link((*path, "in", k), (), x) for k, x in enumerate(operands[:entering])
-        ]
+        entered = [self.link((*path, "in", k), (), x) for k, x in enumerate(operands[:entering])]
         consts, init, xs = entered[:n_consts], entered[n_consts:], operands[entering:]
 
         def body(carry: Any, sliced: Any) -> Any:
@@ -152,15 +154,15 @@ class _Emitter:
             with self.body():
                 outs = self.walk(inner, body_consts, [*consts, *args, *parts], (*path, "body"))
             outs = [
-                self.link((*path, "out", k), (), x) if k < n_carry else self.leave((*path, "out", k), x)
+                self.link((*path, "out", k), (), x)
+                if k < n_carry
+                else self.leave((*path, "out", k), x)
                 for k, x in enumerate(outs)
             ]
             return outs[:n_carry], outs[n_carry:]
 
         params = eqn.params
-        carry, ys = lax.scan(
-            body, init, xs, params["length"], params["reverse"], params["unroll"]
-        )
+        carry, ys = lax.scan(body, init, xs, params["length"], params["reverse"], params["unroll"])
         return [
             *(self.enter((*path, "out", k), x) for k, x in enumerate(carry)),
             *(self.enter((*path, "out", n_carry + k), x) for k, x in enumerate(ys)),

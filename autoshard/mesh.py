@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from passes.ir.mesh import Mesh
@@ -34,12 +35,21 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
             f"{mesh.devices}) before jax starts"
         )
     found = found[: mesh.devices]
-    if all(hasattr(d, "coords") for d in found):
-        found.sort(key=lambda d: (getattr(d, "slice_index", 0) or 0, tuple(d.coords)))
-    grid = np.empty(len(found), dtype=object)
-    grid[:] = found
     types = (AxisType.Auto,) * len(mesh.names)
-    return jax.sharding.Mesh(grid.reshape(mesh.sizes), mesh.names, axis_types=types)
+    return jax.sharding.Mesh(_grid(found, mesh.sizes), mesh.names, axis_types=types)
+
+
+def _grid(devices: list[Any], sizes: tuple[int, ...]) -> Any:
+    """The devices as an array of the mesh's shape."""
+    on_torus = all(hasattr(d, "coords") for d in devices)
+    slices = {getattr(d, "slice_index", 0) or 0 for d in devices}
+    if on_torus and len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if on_torus:
+        devices = sorted(devices, key=lambda d: (d.slice_index, tuple(d.coords)))
+    grid = np.empty(len(devices), dtype=object)
+    grid[:] = devices
+    return grid.reshape(sizes)
 
 
 def partition_spec(spec: Sequence[Sequence[str]]) -> PartitionSpec:

@@ -34,7 +34,13 @@ def type_of(aval: Any) -> Type:
     try:
         bits = jax.dtypes.itemsize_bits(dtype)
     except (AttributeError, TypeError):
-        bits = 4 if name in ("int4", "uint4") else 2 if name in ("int2", "uint2") else 8 * np.dtype(dtype).itemsize
+        bits = (
+            4
+            if name in ("int4", "uint4")
+            else 2
+            if name in ("int2", "uint2")
+            else 8 * np.dtype(dtype).itemsize
+        )
     return Type(shape, name, int(bits))
 
 
@@ -51,7 +57,9 @@ def plain(x: Any) -> Any:
     if isinstance(x, np.dtype) or (isinstance(x, type) and issubclass(x, np.generic)):
         return np.dtype(x).name
     if isinstance(x, Mapping):
-        return MappingProxyType({str(k): v for k, v in ((k, plain(v)) for k, v in x.items()) if v is not _DROP})
+        return MappingProxyType(
+            {str(k): v for k, v in ((k, plain(v)) for k, v in x.items()) if v is not _DROP}
+        )
     if hasattr(x, "_fields"):
         return plain({f: getattr(x, f) for f in x._fields})
     if dataclasses.is_dataclass(x) and not isinstance(x, type):

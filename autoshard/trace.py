@@ -116,6 +116,14 @@ def trace(
     )
 
 
+def solve_part(eqn: Any, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The jaxpr of a custom_linear_solve that solves, and the operands it takes."""
+    lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    first = lengths.matvec + lengths.vecmat
+    sides = operands[sum(lengths) :]
+    return jaxprs.solve, [*operands[first : first + lengths.solve], *sides]
+
+
 def _argument_names(jaxpr: Any, count: int) -> tuple[str, ...]:
     info = getattr(jaxpr, "debug_info", None)
     names = tuple(getattr(info, "arg_names", None) or ())
@@ -210,7 +218,9 @@ class _Builder:
             self.notes.append(f"{sig.name} has no sharding rule and is not split ({source})")
         return rule
 
-    def link(self, name: str, sources: Sequence[int], to: Type, source: str, path: Path, region: int) -> int:
+    def link(
+        self, name: str, sources: Sequence[int], to: Type, source: str, path: Path, region: int
+    ) -> int:
         """A link operation over values already known; returns its result."""
         out = self.value(to)
         sig = Signature(name, tuple(self.values[v].type for v in sources), (to,))
@@ -244,6 +254,8 @@ class _Builder:
                 self._while(eqn, env, here, region)
             elif name == "cond":
                 self._cond(eqn, env, here, region)
+            elif name == "custom_linear_solve":
+                self._linear_solve(eqn, env, here, region)
             elif name in REMAT:
                 inner = self.open_region(region, "remat", 1.0)
                 self._inline(eqn, eqn.params["jaxpr"], env, here, inner)
@@ -303,6 +315,17 @@ class _Builder:
         for var, result in zip(eqn.outvars, inner.outvars, strict=True):
             env[var] = self.read(result, scope)
 
+    def _linear_solve(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        """Only the solving part runs; the others are there for differentiation."""
+        body, operands = solve_part(eqn, [self.read(v, env) for v in eqn.invars])
+        inner, _ = open_jaxpr(body)
+        scope: dict[Any, int] = {}
+        self.constants(inner.constvars, scope)
+        scope.update(zip(inner.invars, operands, strict=True))
+        self.walk(inner, scope, path, region)
+        for var, result in zip(eqn.outvars, inner.outvars, strict=True):
+            env[var] = self.read(result, scope)
+
     def _scan(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
         inner, _ = open_jaxpr(eqn.params["jaxpr"])
         source = source_of(eqn.source_info)
@@ -322,7 +345,9 @@ class _Builder:
         for k, (var, result) in enumerate(zip(eqn.outvars, inner.outvars, strict=True)):
             at, made = (*path, "out", k), self.read(result, scope)
             if k < n_carry:
-                env[var] = self._next(made, scope[inner.invars[n_consts + k]], var, source, at, body)
+                env[var] = self._next(
+                    made, scope[inner.invars[n_consts + k]], var, source, at, body
+                )
             else:
                 env[var] = self.link("scan_stack", [made], type_of(var.aval), source, at, body)
         self.close_region(body)

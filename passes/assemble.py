@@ -136,9 +136,7 @@ class Held:
     copy: bool
 
 
-def held(
-    priced: Priced, values: Sequence[Axes], changed: Sequence[Change]
-) -> Iterator[Held]:
+def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> Iterator[Held]:
     """All that lies in memory: every value, and resharded copies where they live."""
     graph, live = priced.graph, priced.live
     for value in graph.values:
@@ -200,9 +198,7 @@ def assemble(
         gap=solution.gap,
         memory_limit=limit,
         cost=cost,
-        arguments=tuple(
-            _tensor(priced, v, graph.values[v].name, values[v]) for v in graph.inputs
-        ),
+        arguments=tuple(_tensor(priced, v, graph.values[v].name, values[v]) for v in graph.inputs),
         results=tuple(
             _tensor(priced, v, name, values[v])
             for v, name in zip(graph.outputs, graph.output_names, strict=True)
@@ -210,6 +206,7 @@ def assemble(
         ops=ops,
         values=_constraints(priced, values),
         reshards=moved,
+        donated=tuple(i for i, v in enumerate(graph.inputs) if v in graph.donated),
         notes=(*graph.notes, *notes),
     )
 

@@ -41,7 +41,9 @@ def baseline(name: str, priced: Priced, hints: Sequence[Hint], batch: Sequence[i
     return choose(priced, [s.axes for s in spread.shardings], name == "propagate")
 
 
-def _batch_hints(graph: Graph, batch: Sequence[int], mesh: Mesh, axes: tuple[str, ...]) -> list[Hint]:
+def _batch_hints(
+    graph: Graph, batch: Sequence[int], mesh: Mesh, axes: tuple[str, ...]
+) -> list[Hint]:
     """The batch dim of the inputs split over these axes, as many as divide it."""
     out = []
     for v in batch:
@@ -253,9 +255,7 @@ def _nearest(choices: dict[Axes, int], wanted: Axes) -> int:
     )[1]
 
 
-def _settle(
-    priced: Priced, choice: list[int], fixed: Sequence[bool], as_it_comes: bool
-) -> None:
+def _settle(priced: Priced, choice: list[int], fixed: Sequence[bool], as_it_comes: bool) -> None:
     """Let every node that is not fixed take what is cheapest beside its neighbours, twice over."""
     problem = priced.problem
     around: list[list[tuple[int, np.ndarray]]] = [[] for _ in choice]  # type: ignore[type-arg]

@@ -156,7 +156,9 @@ def _partial_values(graph: Graph) -> tuple[bool, ...]:
     for op in graph.ops:
         if op.is_link or op.effects:
             continue
-        splits = any(f.kind == "reduction" and f.op == "add" and f.size > 1 for f in op.rule.factors)
+        splits = any(
+            f.kind == "reduction" and f.op == "add" and f.size > 1 for f in op.rule.factors
+        )
         passes_on = _sums(op) and all(can[v] for v in op.inputs)
         for v in op.outputs:
             can[v] = splits or passes_on

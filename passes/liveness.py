@@ -111,6 +111,7 @@ def _fuses_in(op: Op) -> bool:
     if op.is_link:
         return op.name == "region_exit"
     return op.rule.fuses or (
-        bool(op.rule.factors) and any(f.kind == "reduction" for f in op.rule.factors)
+        bool(op.rule.factors)
+        and any(f.kind == "reduction" for f in op.rule.factors)
         and len(op.inputs) == 1
     )

@@ -22,6 +22,7 @@ from cost_models.collectives import seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink, lay
 from passes.decisions import CARRIES, Decisions, DimMap, Group
+from passes.hints import HintError
 from passes.ir.graph import Graph, Op, Type
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST, PARTIAL
@@ -101,7 +102,7 @@ def price(
     return _Pricer(graph, mesh, cluster, decisions, live).build(limit)
 
 
-class HintUnmet(ValueError):
+class HintUnmet(HintError):
     """A hard hint that no legal sharding of its value meets."""
 
 
@@ -144,7 +145,9 @@ class _Pricer:
             self.lists.append(choices)
             many = len(choices) > 1
             label = _label(graph, group) if many else ""
-            self.node_of.append(self.node(Meaning("group", group.id, choices), label) if many else -1)
+            self.node_of.append(
+                self.node(Meaning("group", group.id, choices), label) if many else -1
+            )
         self.add_memory()
         self.add_copies()
         owners, tables = [], []
@@ -197,7 +200,11 @@ class _Pricer:
         for d, wanted in enumerate(fixed):
             if wanted is None:
                 continue
-            real = {a for a in wanted if a in self.mesh.names and self.sizes[self.mesh.names.index(a)] > 1}
+            real = {
+                a
+                for a in wanted
+                if a in self.mesh.names and self.sizes[self.mesh.names.index(a)] > 1
+            }
             if {self.mesh.names[a] for a, e in enumerate(choice) if e == d} != real:
                 return False
         return not any(e == PARTIAL for e in choice)
@@ -253,7 +260,8 @@ class _Pricer:
             v = value.id
             group = self.decisions.group_of[v]
             node = self.node_of[group]
-            if node < 0 or len(consumers[v]) < 2 or self.decisions.partial[v]:
+            several = node >= 0 or bool(self.decisions.groups[group].hints)
+            if not several or len(consumers[v]) < 2 or self.decisions.partial[v]:
                 continue
             for near in self.near_readers(v, group, consumers[v]):
                 self.add_copy(v, node, near)
@@ -288,19 +296,17 @@ class _Pricer:
     def add_copy(self, v: int, node: int, near: list[tuple[int, int]]) -> None:
         group = self.decisions.groups[self.decisions.group_of[v]]
         value = self.graph.values[v]
-        axes = self.member_axes(self.meanings[node].choices, group.members[v])
-        shape = tuple(
-            group.shape[m] if m >= 0 else 1 for m in group.members[v]
-        )
+        axes = self.member_axes(self.choices_of(group.id), group.members[v])
+        shape = tuple(group.shape[m] if m >= 0 else 1 for m in group.members[v])
         key = ("copy choices", shape)
         if key not in self.cache:
             self.cache[key] = value_choices(shape, self.sizes)
         choices = self.cache[key]
-        copy = self.node(Meaning("copy", v, choices), f"copy of {self.labels[node]}")
+        if len(choices) == 1:
+            return
+        copy = self.node(Meaning("copy", v, choices), f"copy of {_label(self.graph, group)}")
         region = self.graph.ops[near[0][0]].region
-        self.edges.append(
-            Edge(node, copy, self.matrix(axes, choices, value.type.nbytes, self.trips[region]))
-        )
+        self.place(self.matrix(axes, choices, value.type.nbytes, self.trips[region]), node, copy)
         for reader in near:
             self.copies[reader] = copy
 
@@ -369,7 +375,9 @@ class _Pricer:
                 known: dict[Strategy, float] = {}
                 for s in table:
                     if s not in known:
-                        known[s] = op_seconds(self.graph, op, s, self.mesh, self.cluster, self.links, counted)
+                        known[s] = op_seconds(
+                            self.graph, op, s, self.mesh, self.cluster, self.links, counted
+                        )
                 trips = self.trips[op.region] * PICO
                 self.cache[key] = np.array([known[s] for s in table]) * trips
         out: Costs = self.cache[key]
@@ -384,9 +392,7 @@ class _Pricer:
         key = ("member", id(choices), mapping)
         if key not in self.cache:
             inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
-            self.cache[key] = tuple(
-                tuple(inverse[e] if e >= 0 else e for e in c) for c in choices
-            )
+            self.cache[key] = tuple(tuple(inverse[e] if e >= 0 else e for e in c) for c in choices)
         out: tuple[Axes, ...] = self.cache[key]
         return out
 

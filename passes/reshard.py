@@ -88,16 +88,12 @@ def _move(f: int, t: int) -> str:
 def _interleaved(source: Axes, target: Axes, axis: int) -> bool:
     """Whether a later (inner) axis splits the same dim before and after: blocks change places."""
     for dim in {source[axis], target[axis]} - {BROADCAST, PARTIAL}:
-        if any(
-            source[b] == dim and target[b] == dim for b in range(axis + 1, len(source))
-        ):
+        if any(source[b] == dim and target[b] == dim for b in range(axis + 1, len(source))):
             return True
     return False
 
 
-def reshard_seconds(
-    moves: Sequence[Step], nbytes: float, links: Sequence[AxisLink]
-) -> float:
+def reshard_seconds(moves: Sequence[Step], nbytes: float, links: Sequence[AxisLink]) -> float:
     """Seconds for these moves of a value of so many bytes in all."""
     return sum(
         seconds(s.kind, s.larger * nbytes, links[s.axis]) for s in moves if s.kind != "slice"

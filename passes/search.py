@@ -25,7 +25,7 @@ from passes.ir.plan import Alternative, Plan
 from passes.liveness import Liveness, liveness
 from passes.price import HintUnmet, Priced, price
 from passes.solve.ilp import solve
-from passes.solve.problem import Problem, Solution
+from passes.solve.problem import INFINITY, Problem, Solution
 
 SOLVERS = ("ilp", "propagate", *BASELINES)
 AXIS_NAMES = ("data", "model", "seq")
@@ -103,7 +103,7 @@ def search(
             lost.append(Alternative(solver, _axes(m), None, _why(priced.problem, solution)))
     if not answers:
         raise NoFeasiblePlan(_message(setting, lost))
-    answers.sort(key=lambda a: (a[1].cost + a[0].constant * 1e12))
+    answers.sort(key=lambda a: a[1].cost + a[0].constant * 1e12)
     priced, solution = answers[0]
     plan = assemble(priced, solution, solver, limit)
     for p, s in answers[1:]:
@@ -138,22 +138,48 @@ def _on_mesh(
 
 
 def solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) -> Solution:
-    """Solve, and again with a tighter limit while the exact memory count is above the real one."""
-    problem = priced.problem
-    solution = solve(problem, starts=starts)
-    for _ in range(4):
-        if not solution.choice:
-            return solution
-        peak = cost_of(priced, solution.choice).peak_memory
-        if peak <= limit:
-            return solution
-        over = peak - limit
-        tighter = (problem.limit or limit) - over * 1.1
-        if tighter <= 0:
+    """Solve, and again with another limit while the exact memory count is above the real one.
+
+    The problem leaves resharded copies out: its limit is lowered by what they take too much, and
+    where that asks for the impossible, halfway back. A choice that fits by the exact count is
+    kept; without any, the answer is "infeasible" if the problem itself is, else "unknown".
+    """
+    first = solve(priced.problem, starts=starts)
+    best: Solution | None = None
+    solution, highest, tried = first, limit, limit
+    for _ in range(6):
+        if solution.choice:
+            peak = cost_of(priced, solution.choice).peak_memory
+            if peak <= limit:
+                best = solution
+                break
+            highest = tried
+            tried -= (peak - limit) * 1.1
+        elif tried < limit:
+            tried = (tried + highest) / 2
+        if not solution.choice and tried >= limit or tried <= 0:
             break
-        problem = replace(problem, limit=tighter)
-        solution = solve(problem, starts=starts)
-    return solution
+        solution = solve(replace(priced.problem, limit=tried), starts=starts)
+    for start in starts:
+        cost = priced.problem.cost(start)
+        if cost < (best.cost if best else math.inf) and _fits(priced, start, limit):
+            best = fixed(priced.problem, start)
+            best = replace(best, status="feasible", bound=min(first.bound, cost))
+    if best is not None:
+        return (
+            best
+            if best is first
+            else replace(
+                best,
+                bound=min(first.bound, best.cost),
+                status=("optimal" if best.cost <= first.bound else "feasible"),
+            )
+        )
+    return first if not first.choice else replace(first, choice=(), cost=math.inf, status="unknown")
+
+
+def _fits(priced: Priced, choice: Sequence[int], limit: float) -> bool:
+    return priced.problem.cost(choice) < INFINITY and cost_of(priced, choice).peak_memory <= limit
 
 
 def fixed(problem: Problem, choice: Sequence[int]) -> Solution:
@@ -173,10 +199,13 @@ def candidate_meshes(cluster: Cluster, names: Sequence[str] = ()) -> list[Mesh]:
     """
     wanted = [*names, *(n for n in AXIS_NAMES if n not in names)]
     least = max(1, len(names))
+    most = max(3, least)
     out: list[Mesh] = []
     seen: set[object] = set()
-    for count in range(least, max(3, least) + 1):
+    for count in range(least, most + 1):
         for sizes in _factorisations(cluster.devices, count, 1 if names else 2):
+            if any(s == 1 for s in sizes[least:]):
+                continue  # an axis that no hint names and that splits nothing
             links = lay(cluster, sizes)
             # Without hints the names mean nothing: the same links in another order are the same mesh.
             key: object = sizes if names else tuple(sorted(map(repr, links)))
@@ -224,14 +253,30 @@ def _why(problem: Problem, solution: Solution) -> str:
     short = solution.shortage
     if short is None:
         return "no feasible choice found"
-    return f"{format_bytes(short.needed - (problem.limit or 0))} short even at its smallest"
+    held = ", ".join(
+        f"{problem.nodes[n].label} {format_bytes(b)}"
+        for n, b in list(zip(short.nodes, short.smallest, strict=True))[:4]
+    )
+    return f"{format_bytes(short.short)} short even at its smallest (held by {held})"
 
 
 def _message(setting: Setting, lost: Sequence[Alternative]) -> str:
     notes = "; ".join(
         f"{' '.join(f'{n}={s}' for n, s in a.mesh)}: {a.note}" for a in lost if a.cost is None
     )
-    return f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. {notes}"
+    return (
+        f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. {notes}. "
+        "More devices, a smaller batch, rematerialisation (jax.checkpoint), donated state "
+        "(donate_argnums), fewer hard hints or a larger memory_limit would help"
+    )
 
 
-__all__ = ["SOLVERS", "Found", "HintUnmet", "Mapping", "NoFeasiblePlan", "candidate_meshes", "search"]
+__all__ = [
+    "SOLVERS",
+    "Found",
+    "HintUnmet",
+    "Mapping",
+    "NoFeasiblePlan",
+    "candidate_meshes",
+    "search",
+]

@@ -98,7 +98,15 @@ class Op:
 
 
 LINKS = frozenset(
-    {"loop_enter", "loop_next", "scan_slice", "scan_stack", "region_enter", "region_exit", "branch_join"}
+    {
+        "loop_enter",
+        "loop_next",
+        "scan_slice",
+        "scan_stack",
+        "region_enter",
+        "region_exit",
+        "branch_join",
+    }
 )
 
 

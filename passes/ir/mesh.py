@@ -33,7 +33,9 @@ class Mesh:
             raise MeshError(f"a mesh axis is named twice: {', '.join(self.names)}")
         for name, size in zip(self.names, self.sizes, strict=True):
             if not isinstance(size, int) or size < 1:
-                raise MeshError(f"mesh axis {name!r} has size {size!r}; give a whole number above zero")
+                raise MeshError(
+                    f"mesh axis {name!r} has size {size!r}; give a whole number above zero"
+                )
 
     @staticmethod
     def of(axes: Mapping[str, int]) -> Mesh:
@@ -47,7 +49,9 @@ class Mesh:
         for part in re.split(r"[,\s]+", text.strip()):
             found = re.fullmatch(r"([A-Za-z_]\w*)=(\d+)", part)
             if not found:
-                raise MeshError(f"cannot read {part!r} as a mesh axis; write a mesh as data=4,model=2")
+                raise MeshError(
+                    f"cannot read {part!r} as a mesh axis; write a mesh as data=4,model=2"
+                )
             if found[1] in axes:
                 raise MeshError(f"mesh axis {found[1]!r} is given twice in {text!r}")
             axes[found[1]] = int(found[2])

@@ -112,7 +112,8 @@ class Plan:
     """The answer. values: per value of the graph its sharding, None where nothing is constrained.
 
     status: "optimal", "feasible" (with the gap to the bound) or "fixed" for a baseline. signature:
-    per operation its name and types, from which the fingerprint is made.
+    per operation its name and types, from which the fingerprint is made. donated: places of the
+    arguments whose memory the function may reuse.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Plan:
     ops: tuple[OpPlan, ...]
     values: tuple[Axes | None, ...]
     reshards: tuple[Reshard, ...]
+    donated: tuple[int, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
     version: int = VERSION
@@ -149,7 +151,9 @@ class Plan:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise PlanError(f"this is not a plan: the JSON breaks off or is broken, {error}") from None
+            raise PlanError(
+                f"this is not a plan: the JSON breaks off or is broken, {error}"
+            ) from None
         if not isinstance(data, dict) or "fingerprint" not in data:
             raise PlanError("this is JSON, but not an autoshard plan: it has no fingerprint")
         if data.get("version") != VERSION:

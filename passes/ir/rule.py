@@ -95,8 +95,9 @@ class Rule:
         left, right = text.split("->")
         # "a -> " has one scalar result, "-> a" no operand: an empty side means no tensors, and a
         # scalar is written as "[]".
-        operands, results = side(left.replace("[]", " ")) if left.strip() else (), (
-            side(right.replace("[]", " ")) if right.strip() else ()
+        operands, results = (
+            side(left.replace("[]", " ")) if left.strip() else (),
+            (side(right.replace("[]", " ")) if right.strip() else ()),
         )
         if left.strip() and not left.replace("[]", " ").strip(" ,"):
             operands = tuple(() for _ in left.split(","))
@@ -112,9 +113,7 @@ class Rule:
             elif name in halo:
                 kind = "halo"
             factors.append(Factor(name, sizes[name], kind, reduce.get(name, ""), halo.get(name, 0)))
-        return Rule(
-            tuple(factors), operands, results, linear, flops, moved, fuses, source
-        )
+        return Rule(tuple(factors), operands, results, linear, flops, moved, fuses, source)
 
     def with_source(self, source: str) -> Rule:
         """The same rule, said to come from elsewhere."""
