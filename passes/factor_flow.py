@@ -81,7 +81,8 @@ def _flow(op: Op) -> Flow:
                 holders[f].append((t, d, at if len(dim) > 1 else -1))
                 if len(dim) > 1:
                     sizes[f][t] = tuple(rule.factors[g].size for g in dim)
-    early = op.is_link or op.name in _EARLY or _passes_all(rule)
+    late = op.name in (*_FORWARD_FIRST, *_BACKWARD_FIRST)
+    early = not late and (op.is_link or op.name in _EARLY or _passes_all(rule))
     shared = tuple(
         Shared(f, factor.size, tuple(holders[f]), _directions(op, factor.kind, early), sizes[f])
         for f, factor in enumerate(rule.factors)
