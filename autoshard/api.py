@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def in_shardings(self) -> Any:
-        """PartitionSpecs shaped like the arguments: a tuple, or (args, kwargs) if there were any."""
+        """PartitionSpecs shaped like the arguments: a tuple, or (args, kwargs) if any."""
         args, kwargs = jax.tree.unflatten(
             self._bound("in_shardings").in_tree,
             [partition_spec(t.spec) for t in self.data.arguments],
@@ -89,7 +89,7 @@ class Plan:
         )
 
     def explain(self, glob: str) -> str:
-        """Why the values that a path glob names are sharded so, and what other choices would cost."""
+        """Why the values that a glob names are sharded so, and what else would cost."""
         from autoshard.explain import explain, search_again
 
         if self._found is None and self._traced is not None:
@@ -119,8 +119,8 @@ class Plan:
         if ir.fingerprint(signature) != self.data.fingerprint:
             found = "; ".join(ir.differences(self.data.signature, signature))
             raise PlanError(
-                f"this plan was made for another function or other shapes than {traced.graph.name}: "
-                f"{found}. Plan again for this one."
+                f"this plan was made for another function or other shapes than "
+                f"{traced.graph.name}: {found}. Plan again for this one."
             )
         return Plan(self.data, _donating(traced, self.data.donated))
 
@@ -134,7 +134,8 @@ class Plan:
         jitted = self._jitted(traced, mesh)
         platform = mesh.devices.flat[0].platform
         staged = jitted.trace(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced.in_avals))
-        return staged.lower(lowering_platforms=(platform,))
+        lowered: jax.stages.Lowered = staged.lower(lowering_platforms=(platform,))
+        return lowered
 
     def compile(
         self, devices: Sequence[Any] | jax.sharding.Mesh | None = None
@@ -358,9 +359,9 @@ def _check_leaves(name: str, tree: Any) -> None:
         ):
             where = f"{name}{jax.tree_util.keystr(path)}"
             raise TypeError(
-                f"argument {path_of(where)} is {type(leaf).__name__} {leaf!r:.60}, which is no array: "
-                "pass an array or a jax.ShapeDtypeStruct, or make it static with "
-                "parallelize(fn, static_argnames=...)"
+                f"argument {path_of(where)} is {type(leaf).__name__} {leaf!r:.60}, "
+                "which is no array: pass an array or a jax.ShapeDtypeStruct, or make it "
+                "static with parallelize(fn, static_argnames=...)"
             )
 
 
@@ -449,8 +450,9 @@ def parallelize(
 ) -> Any:
     """Make fn run in parallel: `parallelize(fn, cluster=...)` or `@parallelize(cluster=...)`.
 
-    Plans at the first call for each form of the arguments, compiles, and keeps both. `step.plan(*args)`
-    gives the plan, `step.lower(*args)` the program. Options as in `plan` and `jax.jit`.
+    Plans at the first call for each form of the arguments, compiles, and keeps both.
+    `step.plan(*args)` gives the plan, `step.lower(*args)` the program. Options as in `plan` and
+    `jax.jit`.
     """
     options = {
         "cluster": cluster,

@@ -31,8 +31,8 @@ def cluster_here() -> Cluster:
         if part in kind:
             return cluster(f"{name}:{_shape(devices)}")
     raise UnknownCluster(
-        f"jax has {len(devices)} devices of kind {first.device_kind!r}, which the catalogue does not "
-        f"know ({', '.join(names())}): name the nearest with cluster=..., or write a file for it"
+        f"jax has {len(devices)} devices of kind {first.device_kind!r}, which the catalogue does "
+        f"not know ({', '.join(names())}): name the nearest with cluster=..., or write a file"
     )
 
 

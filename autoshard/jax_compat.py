@@ -1,4 +1,4 @@
-"""The one place that knows where jax 0.10, 0.11 and 0.12 differ, and that may touch private names."""
+"""Where do jax 0.10, 0.11 and 0.12 differ?  The only file that may touch private names."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class _Emitter:
     # constraints
 
     def constrain(self, x: Any, axes: Axes | None) -> Any:
-        """x with a sharding constraint; as it is where nothing is planned or nothing can be split."""
+        """x with a sharding constraint; as it is where nothing is planned or can be split."""
         if axes is None or jnp.ndim(x) == 0 or PARTIAL in axes:
             return x
         if jnp.size(x) == 0 or not hasattr(x, "dtype"):
@@ -80,7 +80,7 @@ class _Emitter:
 
     @contextlib.contextmanager
     def body(self) -> Iterator[None]:
-        """Inside a region's body nothing resharded outside, or in another tracing of it, is reused."""
+        """In a region's body nothing resharded outside, or in another tracing of it, is reused."""
         outside, self.shared = self.shared, {}
         try:
             yield
@@ -127,7 +127,7 @@ class _Emitter:
         return self.made(op, outs)
 
     def remat(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
-        """What jax lowers rematerialisation to: a barrier that keeps XLA from reusing the first run."""
+        """What jax lowers remat to: a barrier that keeps XLA from reusing the first run."""
         inner, consts = open_jaxpr(eqn.params["jaxpr"])
         if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
             operands = list(lax.optimization_barrier(tuple(operands)))

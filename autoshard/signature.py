@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -48,33 +48,46 @@ def plain(x: Any) -> Any:
     """A parameter as plain data, or the marker for `leave out`."""
     if x is None or isinstance(x, (bool, int, float, complex, str)):
         return x
-    if isinstance(x, enum.Enum):
-        return x.name
     if is_jaxpr(x) or isinstance(x, jax.Array):
         return _DROP
-    if isinstance(x, np.generic):
-        return x.item()
-    if isinstance(x, np.dtype) or (isinstance(x, type) and issubclass(x, np.generic)):
-        return np.dtype(x).name
-    if isinstance(x, Mapping):
-        return MappingProxyType(
-            {str(k): v for k, v in ((k, plain(v)) for k, v in x.items()) if v is not _DROP}
-        )
-    if hasattr(x, "_fields"):
-        return plain({f: getattr(x, f) for f in x._fields})
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return plain({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})
-    if isinstance(x, (tuple, list)):
-        return tuple(v for v in map(plain, x) if v is not _DROP)
-    if isinstance(x, (set, frozenset)):
-        return tuple(sorted((plain(v) for v in x), key=repr))
-    if isinstance(x, np.ndarray):
-        return plain(x.tolist()) if x.size <= 64 else _DROP
-    if callable(x):
-        return _DROP
-    if type(x).__str__ is object.__str__ and type(x).__repr__ is object.__repr__:
-        return _DROP  # its text would hold an address
-    return str(x)
+    for known, convert in _PLAIN:
+        if known(x):
+            return convert(x)
+    # Text that would hold an address differs from process to process.
+    written: tuple[Any, Any] = (type(x).__str__, type(x).__repr__)
+    nameless = written == (object.__str__, object.__repr__)
+    return _DROP if callable(x) or nameless else str(x)
+
+
+def _mapping(x: Mapping[Any, Any]) -> Any:
+    pairs = ((str(k), plain(v)) for k, v in x.items())
+    return MappingProxyType({k: v for k, v in pairs if v is not _DROP})
+
+
+def _tuple(x: Any) -> Any:
+    return tuple(v for v in map(plain, x) if v is not _DROP)
+
+
+def _is_dtype(x: Any) -> bool:
+    return isinstance(x, np.dtype) or (isinstance(x, type) and issubclass(x, np.generic))
+
+
+def _is_record(x: Any) -> bool:
+    return dataclasses.is_dataclass(x) and not isinstance(x, type)
+
+
+# What a parameter may be, in the order of asking, and how it becomes plain data.
+_PLAIN: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any]], ...] = (
+    (lambda x: isinstance(x, enum.Enum), lambda x: x.name),
+    (lambda x: isinstance(x, np.generic), lambda x: x.item()),
+    (_is_dtype, lambda x: np.dtype(x).name),
+    (lambda x: isinstance(x, Mapping), _mapping),
+    (lambda x: hasattr(x, "_fields"), lambda x: _mapping({f: getattr(x, f) for f in x._fields})),
+    (_is_record, lambda x: _mapping({f.name: getattr(x, f.name) for f in dataclasses.fields(x)})),
+    (lambda x: isinstance(x, (tuple, list)), _tuple),
+    (lambda x: isinstance(x, (set, frozenset)), lambda x: tuple(sorted(map(plain, x), key=repr))),
+    (lambda x: isinstance(x, np.ndarray), lambda x: plain(x.tolist()) if x.size <= 64 else _DROP),
+)
 
 
 def plain_params(params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -43,15 +43,20 @@ def _subtrees(tree: Any, depth: int) -> list[Any]:
     for _ in range(depth):
         below: list[Any] = []
         for t in level:
-            if jax.tree.structure(t) != jax.tree.structure(0):
-                below += jax.tree.leaves(t, is_leaf=lambda x, t=t: x is not t)
+            if not jax.tree_util.all_leaves([t]):
+                below += _children(t)
         out += below
         level = below
     return out
 
 
+def _children(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+
+
 def _alike(traced: Traced, argument: Any, result: Any) -> bool:
-    if jax.tree.structure(argument) != jax.tree.structure(result):
+    structures: list[Any] = [jax.tree.structure(t) for t in (argument, result)]
+    if structures[0] != structures[1]:
         return False
     graph = traced.graph
     return all(

@@ -34,7 +34,7 @@ from passes.strategies import NOWHERE, Strategy, group_of, operand_axes, parts, 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One value changed from one sharding to another: for operand k of op, or after its result k."""
+    """One value changed from one sharding to another: for an operand of op, or after a result."""
 
     op: int
     side: str
@@ -71,7 +71,7 @@ def op_strategies(priced: Priced, choice: Sequence[int]) -> tuple[Strategy, ...]
 def changes(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Change, ...]:
-    """Every reshard of the plan, in program order; a shared copy's counts once, at its first reader."""
+    """Every reshard, in program order; a shared copy's counts once, at its first reader."""
     graph, sizes = priced.graph, priced.mesh.sizes
     out: list[Change] = []
     made: set[int] = set()
@@ -305,7 +305,7 @@ def moves_of(priced: Priced, op: Op, change: Change) -> list[Move]:
 
 
 def _constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ...]:
-    """Which values get a constraint: where a decision begins; what is tied to it follows by itself."""
+    """Which values get a constraint: where a decision begins; what is tied to it follows."""
     graph, group_of_value = priced.graph, priced.decisions.group_of
     out: list[Axes | None] = [None] * len(graph.values)
     keep = {*graph.inputs, *graph.outputs}

@@ -13,25 +13,26 @@ choice per node of the Problem: so it is a point of the search space, priced by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from passes.decisions import DimMap
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST
 from passes.price import Priced
 from passes.propagate import propagate
-from passes.solve.problem import INFINITY
+from passes.solve.problem import INFINITY, Costs
 from passes.strategies import Axes
 
 BASELINES = ("dp", "fsdp", "tp", "fsdp+tp")
 
 
 def baseline(name: str, priced: Priced, hints: Sequence[Hint], batch: Sequence[int]) -> list[int]:
-    """One choice per node for a baseline. batch: input values whose first splittable dim is the batch.
+    """One choice per node for a baseline; name: one of BASELINES or "propagate".
 
-    name: one of BASELINES or "propagate".
+    batch: input values whose leading dim is the batch.
     """
     graph, mesh = priced.graph, priced.mesh
     seeds = list(hints)
@@ -232,7 +233,7 @@ def choose(priced: Priced, axes: Sequence[Axes], as_it_comes: bool = False) -> l
     return choice
 
 
-def _wanted(members, axes: Sequence[Axes]) -> Axes:  # type: ignore[no-untyped-def]
+def _wanted(members: Mapping[int, DimMap], axes: Sequence[Axes]) -> Axes:
     """What a group's members ask for; the first member that splits anything speaks."""
     best: Axes | None = None
     for v, mapping in members.items():
@@ -258,7 +259,7 @@ def _nearest(choices: dict[Axes, int], wanted: Axes) -> int:
 def _settle(priced: Priced, choice: list[int], fixed: Sequence[bool], as_it_comes: bool) -> None:
     """Let every node that is not fixed take what is cheapest beside its neighbours, twice over."""
     problem = priced.problem
-    around: list[list[tuple[int, np.ndarray]]] = [[] for _ in choice]  # type: ignore[type-arg]
+    around: list[list[tuple[int, Costs]]] = [[] for _ in choice]
     for edge in problem.edges:
         if not fixed[edge.u]:
             around[edge.u].append((edge.v, edge.costs))

@@ -26,7 +26,8 @@ def find_batch(graph: Graph, state: Sequence[int]) -> tuple[int, ...]:
         for v in graph.inputs
         if v not in state and graph.values[v].shape and graph.values[v].shape[0] > 1
     ]
-    best, reached = 0.0, ()
+    best = 0.0
+    reached: tuple[int, ...] = ()
     for v in candidates[:_MOST]:
         flops, inputs = _reach(graph, v, candidates)
         if flops > best * 1.001:

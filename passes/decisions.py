@@ -238,7 +238,8 @@ class _Forest:
         for v in range(len(self.parent)):
             root, mapping = self.root(v)
             members.setdefault(root, {})[v] = mapping
-        groups, group_of = [], [0] * len(self.parent)
+        groups: list[Group] = []
+        group_of = [0] * len(self.parent)
         for root, found in members.items():
             rank = len(self.graph.values[root].shape)
             common = set(range(rank))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from passes.ir.graph import Graph, Op
 
-
 # How many operations away a reader may be for XLA to compute the value again inside it. A guess at
 # how long forward and backward of one layer part lie from each other; costs nothing but memory.
 _REACH = 64
@@ -23,7 +22,7 @@ _FREE = frozenset({"broadcast_in_dim", "iota"})
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """spans: per value its half-open life, (0, 0) for none. stored: whether it is in memory at all."""
+    """spans: per value its half-open life, (0, 0) for none. stored: whether it has memory."""
 
     spans: tuple[tuple[int, int], ...]
     stored: tuple[bool, ...]
@@ -33,30 +32,14 @@ class Liveness:
 def liveness(graph: Graph, aliases: Sequence[tuple[int, int]] = ()) -> Liveness:
     """Life of every value; aliases are (donated input, output) pairs that share a buffer."""
     steps = len(graph.ops) + 1
-    begin = [0] * len(graph.values)
-    end = [0] * len(graph.values)
-    home = [0] * len(graph.values)  # region a value is made in
-    for op in graph.ops:
-        for v in op.outputs:
-            home[v] = op.region
-            begin[v] = op.id
-            end[v] = op.id + 1
-            if op.name == "scan_stack":
-                begin[v] = graph.regions[op.region].begin
-                home[v] = graph.regions[op.region].parent
-            elif op.name == "loop_next":
-                home[v] = graph.regions[op.region].parent
+    begin, end, home = _made(graph)
     for op in graph.ops:
         for v in op.inputs:
             end[v] = max(end[v], _last_read(graph, op, home[v]))
-    for v in graph.outputs:
+    kept = {v.id for v in graph.values if v.kind == "constant"}
+    kept.update(v for v in graph.inputs if v not in graph.donated)  # the caller keeps them
+    for v in (*graph.outputs, *kept):
         end[v] = steps
-    for v in graph.inputs:
-        if v not in graph.donated:
-            end[v] = steps  # the caller keeps it
-    for value in graph.values:
-        if value.kind == "constant":
-            end[value.id] = steps
     stored = _stored(graph)
     for op in reversed(graph.ops):  # what is computed again keeps its operands alive
         for v in op.outputs:
@@ -69,6 +52,20 @@ def liveness(graph: Graph, aliases: Sequence[tuple[int, int]] = ()) -> Liveness:
             stored[result] = False
     spans = tuple((b, e) if s else (0, 0) for b, e, s in zip(begin, end, stored, strict=True))
     return Liveness(spans, tuple(stored), steps)
+
+
+def _made(graph: Graph) -> tuple[list[int], list[int], list[int]]:
+    """Per value the step it begins at, the first it may end at, and the region it is made in."""
+    begin, end, home = ([0] * len(graph.values) for _ in range(3))
+    for op in graph.ops:
+        region = graph.regions[op.region]
+        for v in op.outputs:
+            home[v], begin[v], end[v] = op.region, op.id, op.id + 1
+            if op.name == "scan_stack":  # the whole stack exists from the first trip on
+                begin[v] = region.begin
+            if op.name in ("scan_stack", "loop_next"):
+                home[v] = region.parent
+    return begin, end, home
 
 
 def _last_read(graph: Graph, op: Op, home: int) -> int:

@@ -1,4 +1,4 @@
-"""What does every choice cost?  `price(graph, mesh, cluster) -> Priced`: the Problem, and its legend.
+"""What does every choice cost?  `price(graph, mesh, cluster, ...) -> Priced`: a Problem, explained.
 
 Nodes of the problem:
   group    values that share one sharding; its cost is the compute of the operations anchored on it
@@ -190,7 +190,7 @@ class _Pricer:
             value = self.graph.values[next(iter(group.members))]
             raise HintUnmet(
                 f"no sharding of {value.name or 'this value'} {value.type} on mesh {self.mesh} "
-                f"meets the hint {hint.dims} ({hint.origin}): the axes must divide the dims they split"
+                f"meets the hint {hint.dims} ({hint.origin}): axes must divide the dims they split"
             )
         found = self.cache[key]
         assert isinstance(found, tuple)

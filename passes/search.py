@@ -157,7 +157,7 @@ def solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) 
             tried -= (peak - limit) * 1.1
         elif tried < limit:
             tried = (tried + highest) / 2
-        if not solution.choice and tried >= limit or tried <= 0:
+        if tried <= 0 or (tried >= limit and not solution.choice):
             break
         solution = solve(replace(priced.problem, limit=tried), starts=starts)
     for start in starts:
@@ -165,16 +165,11 @@ def solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) 
         if cost < (best.cost if best else math.inf) and _fits(priced, start, limit):
             best = fixed(priced.problem, start)
             best = replace(best, status="feasible", bound=min(first.bound, cost))
+    if best is not None and best is not first:
+        status = "optimal" if best.cost <= first.bound else "feasible"
+        best = replace(best, bound=min(first.bound, best.cost), status=status)
     if best is not None:
-        return (
-            best
-            if best is first
-            else replace(
-                best,
-                bound=min(first.bound, best.cost),
-                status=("optimal" if best.cost <= first.bound else "feasible"),
-            )
-        )
+        return best
     return first if not first.choice else replace(first, choice=(), cost=math.inf, status="unknown")
 
 
@@ -207,7 +202,7 @@ def candidate_meshes(cluster: Cluster, names: Sequence[str] = ()) -> list[Mesh]:
             if any(s == 1 for s in sizes[least:]):
                 continue  # an axis that no hint names and that splits nothing
             links = lay(cluster, sizes)
-            # Without hints the names mean nothing: the same links in another order are the same mesh.
+            # Without hints names mean nothing: the same links in another order are the same.
             key: object = sizes if names else tuple(sorted(map(repr, links)))
             if key not in seen:
                 seen.add(key)
@@ -265,9 +260,9 @@ def _message(setting: Setting, lost: Sequence[Alternative]) -> str:
         f"{' '.join(f'{n}={s}' for n, s in a.mesh)}: {a.note}" for a in lost if a.cost is None
     )
     return (
-        f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. {notes}. "
-        "More devices, a smaller batch, rematerialisation (jax.checkpoint), donated state "
-        "(donate_argnums), fewer hard hints or a larger memory_limit would help"
+        f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. "
+        f"{notes}. More devices, a smaller batch, rematerialisation (jax.checkpoint), donated "
+        "state (donate_argnums), fewer hard hints or a larger memory_limit would help"
     )
 
 

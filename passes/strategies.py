@@ -62,7 +62,7 @@ def _divides(choice: Axes, shape: Sequence[int], sizes: Sequence[int]) -> bool:
 def strategies(
     rule: Rule, sizes: tuple[int, ...], groups: Sequence[int] = ()
 ) -> tuple[Strategy, ...]:
-    """All strategies of an operation that its rule allows; `groups` are the linear groups in play."""
+    """All strategies that an operation's rule allows; `groups` are the linear groups in play."""
     options = [
         [
             NOWHERE,
@@ -101,7 +101,7 @@ def factor_parts(strategy: Strategy, sizes: tuple[int, ...]) -> dict[int, int]:
 def tensor_axes(
     dims: tuple[Dim, ...], rule: Rule, strategy: Strategy, sizes: tuple[int, ...]
 ) -> Axes | None:
-    """How a strategy splits one tensor (B where it lacks the factor), or None if no one can write it.
+    """How a strategy splits one tensor (B where it lacks the factor); None if it can't be written.
 
     A minor factor of a dim may be split only when its major factors are split completely, by axes
     that come earlier in the mesh.

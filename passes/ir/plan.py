@@ -55,7 +55,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class OpPlan:
-    """One operation. factors: its rule; strategy: mesh axis to factor letter; seconds, bytes: whole step."""
+    """One operation. factors: its rule; strategy: mesh axis to factor; seconds: a step."""
 
     id: int
     name: str

@@ -4,7 +4,8 @@ The notation is that of Shardy's op sharding rules (openxla/shardy, docs/propaga
 einops: dims are separated by blanks, a dim made of several factors is put in parentheses (major
 first), `.` is a dim that nothing splits.
 
->>> print(Rule.parse("b i k, b k j -> b i j", {"b": 2, "i": 4, "j": 4, "k": 8}, reduce={"k": "add"}))
+>>> sizes = {"b": 2, "i": 4, "j": 4, "k": 8}
+>>> print(Rule.parse("b i k, b k j -> b i j", sizes, reduce={"k": "add"}))
 b i k, b k j -> b i j  {b=2 i=4 k=8 j=4}  add(k)
 >>> print(Rule.parse("(h d) -> h d", {"h": 4, "d": 8}))
 (h d) -> h d  {h=4 d=8}
@@ -28,7 +29,7 @@ class Factor:
     name: str
     size: int
     kind: Kind = "parallel"
-    op: str = ""  # of a reduction: add, max, min, mul, and, or
+    op: str = ""  # of a reduction: add, max, min, mul, and, or, xor, argmax, argmin, custom
     halo: int = 0  # of a halo: elements wanted from the neighbours, both sides together
 
 
@@ -77,34 +78,12 @@ class Rule:
             raise ValueError(f"a rule needs one '->': {text!r}")
         reduce, halo = reduce or {}, halo or {}
         index: dict[str, int] = {}
-
-        def letter(name: str) -> int:
-            if name not in sizes:
-                raise ValueError(f"factor {name!r} of {text!r} has no size")
-            return index.setdefault(name, len(index))
-
-        def tensor(part: str) -> tuple[Dim, ...]:
-            dims = re.findall(r"\([^()]*\)|[^\s()]+", part)
-            return tuple(
-                () if d == "." else tuple(letter(n) for n in d.strip("()").split()) for d in dims
-            )
-
-        def side(part: str) -> tuple[tuple[Dim, ...], ...]:
-            return tuple(tensor(t) for t in part.split(",")) if part.strip() else ()
-
         left, right = text.split("->")
-        # "a -> " has one scalar result, "-> a" no operand: an empty side means no tensors, and a
-        # scalar is written as "[]".
-        operands, results = (
-            side(left.replace("[]", " ")) if left.strip() else (),
-            (side(right.replace("[]", " ")) if right.strip() else ()),
-        )
-        if left.strip() and not left.replace("[]", " ").strip(" ,"):
-            operands = tuple(() for _ in left.split(","))
-        if right.strip() and not right.replace("[]", " ").strip(" ,"):
-            results = tuple(() for _ in right.split(","))
+        operands, results = _read_side(left, index), _read_side(right, index)
         factors = []
         for name in index:
+            if name not in sizes:
+                raise ValueError(f"factor {name!r} of {text!r} has no size")
             kind: Kind = "parallel"
             if name in reduce:
                 kind = "reduction"
@@ -145,3 +124,21 @@ class Rule:
                 kinds.setdefault(f.op if f.kind == "reduction" else f.kind, []).append(f.name)
         marks = " ".join(f"{kind}({' '.join(names)})" for kind, names in kinds.items())
         return f"{self.notation()}  {{{sizes}}}" + (f"  {marks}" if marks else "")
+
+
+def _read_side(text: str, index: dict[str, int]) -> tuple[tuple[Dim, ...], ...]:
+    """The tensors on one side of the arrow; nothing at all means no tensors, `[]` a scalar."""
+    if not text.strip():
+        return ()
+    tensors = []
+    for part in text.split(","):
+        dims = re.findall(r"\([^()]*\)|[^\s()]+", part.replace("[]", " "))
+        tensors.append(
+            tuple(
+                ()
+                if d == "."
+                else tuple(index.setdefault(n, len(index)) for n in d.strip("()").split())
+                for d in dims
+            )
+        )
+    return tuple(tensors)
