@@ -26,7 +26,9 @@ _MOST_DIFFERENCES = 8
 def comparison(plan: Plan, solvers: tuple[str, ...]) -> str:
     """The plan beside the best that each other solver finds on any mesh, in one table."""
     ours = Alternative(plan.solver, plan.mesh, plan.cost)
-    lines: list[tuple[str, ...]] = [("solver", "mesh", "step", "", "compute", "comm", "memory", "fits")]
+    lines: list[tuple[str, ...]] = [
+        ("solver", "mesh", "step", "", "compute", "comm", "memory", "fits")
+    ]
     for solver in solvers:
         found = ours if solver == plan.solver else _best(plan, solver)
         lines.append(_compared(solver, found, plan))

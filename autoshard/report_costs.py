@@ -136,8 +136,8 @@ def _worth_showing(plan: Plan) -> Iterator[tuple[str, Alternative]]:
         if a.solver not in names.setdefault(look, []):
             names[look].append(a.solver)
             count[a.solver] = count.get(a.solver, 0) + 1
-    for look, a in list(chosen.items())[:_MOST_LOST]:
-        yield ", ".join(names[look]), a
+    for key, a in list(chosen.items())[:_MOST_LOST]:
+        yield ", ".join(names[key]), a
 
 
 def _long(mesh: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
