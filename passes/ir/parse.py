@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 
 from passes.ir.graph import Graph, Hint, Op, Region, RegionKind, Type, Value, ValueKind, short_dtype
 from passes.ir.rule import Rule
-from passes.ir.text import default_bits, sizes_by_letter, whole
+from passes.ir.text import default_bits, sizes_by_letter
 
 # Runs of anything but two blanks; a name in backticks may hold even those.
 _COLUMN = re.compile(r"(?:`(?:[^`]|``)*`|\S|(?<=\S) (?=\S))+")
@@ -261,7 +261,7 @@ def _rule(
     flops, fuses = float(marks.get("flops", 0.0)), "fuses" in marks
     moved = float(marks["moved"]) if "moved" in marks else None
     if text == "whole":
-        return replace(whole(operands, results), flops=flops, fuses=fuses, moved=moved)
+        return replace(Rule.whole(operands, results), flops=flops, fuses=fuses, moved=moved)
     sizes = _sizes(text, [*operands, *results])
     for part in marks.get("{", "").split():
         letter, _, size = part.partition("=")

@@ -14,7 +14,7 @@ b i k, b k j -> b i j  {b=2 i=4 k=8 j=4}  add(k)
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,6 +93,19 @@ class Rule:
                 kind = "halo"
             factors.append(Factor(name, sizes[name], kind, reduce.get(name, ""), halo.get(name, 0)))
         return Rule(tuple(factors), operands, results, linear, flops, moved, fuses, source)
+
+    @staticmethod
+    def whole(operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]) -> Rule:
+        """The rule that splits nothing, for operands and results of these shapes."""
+        factors: list[Factor] = []
+
+        def dims(shape: tuple[int, ...]) -> tuple[Dim, ...]:
+            first = len(factors)
+            factors.extend(Factor(f"w{first + i}", n, "whole") for i, n in enumerate(shape))
+            return tuple((first + i,) for i in range(len(shape)))
+
+        lefts = tuple(dims(s) for s in operands)
+        return Rule(tuple(factors), lefts, tuple(dims(s) for s in results), source="whole")
 
     def with_source(self, source: str) -> Rule:
         """The same rule, said to come from elsewhere."""

@@ -180,7 +180,7 @@ def rule_text(rule: Rule, operands: Sequence[Type], results: Sequence[Type]) -> 
     rule = _with_distinct_letters(rule)
     shapes = [t.shape for t in (*operands, *results)]
     bare = replace(rule, flops=0.0, moved=None, fuses=False)
-    if bare == whole(shapes[: len(operands)], shapes[len(operands) :]):
+    if bare == Rule.whole(shapes[: len(operands)], shapes[len(operands) :]):
         return "whole", ""
     known = sizes_by_letter(rule, shapes)
     factors = _in_order_of_mention(rule)
@@ -231,19 +231,6 @@ def sizes_by_letter(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> dict[str, 
             if len(dim) == 1:
                 out.setdefault(rule.factors[dim[0]].name, length)
     return out
-
-
-def whole(operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]) -> Rule:
-    """The rule that splits nothing, for operands and results of these shapes."""
-    factors: list[Factor] = []
-
-    def dims(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        first = len(factors)
-        factors.extend(Factor(f"w{first + i}", n, "whole") for i, n in enumerate(shape))
-        return tuple((first + i,) for i in range(len(shape)))
-
-    lefts = tuple(dims(s) for s in operands)
-    return Rule(tuple(factors), lefts, tuple(dims(s) for s in results), source="whole")
 
 
 def _kind_mark(factor: Factor) -> str:

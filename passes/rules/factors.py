@@ -38,8 +38,15 @@ class Factors:
         if size == 1:
             return ()
         index = len(self._factors)
-        self._factors.append(Factor(name or letter(index), size, kind, op, halo))
+        self._factors.append(Factor(name or self._free_letter(), size, kind, op, halo))
         return (index,)
+
+    def _free_letter(self) -> str:
+        taken = {f.name for f in self._factors}
+        index = len(self._factors)
+        while letter(index) in taken:
+            index += 1
+        return letter(index)
 
     def parallel(self, size: int, name: str = "") -> Dim:
         """A dim of independent pieces."""

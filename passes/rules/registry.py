@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from passes.ir.graph import Signature
-from passes.ir.rule import Factor, Rule
+from passes.ir.rule import Rule
 
 RuleFunction = Callable[[Signature], Rule]
 _RULES: dict[str, RuleFunction] = {}
@@ -42,13 +42,4 @@ def registered() -> tuple[str, ...]:
 
 def whole_rule(signature: Signature) -> Rule:
     """The rule that splits nothing: right for every operation, good for none."""
-    factors: list[Factor] = []
-
-    def dims(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        first = len(factors)
-        factors.extend(Factor(f"w{first + i}", n, "whole") for i, n in enumerate(shape))
-        return tuple((first + i,) for i in range(len(shape)))
-
-    operands = tuple(dims(t.shape) for t in signature.operands)
-    results = tuple(dims(t.shape) for t in signature.results)
-    return Rule(tuple(factors), operands, results, source="whole")
+    return Rule.whole([t.shape for t in signature.operands], [t.shape for t in signature.results])
