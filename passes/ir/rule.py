@@ -105,7 +105,8 @@ class Rule:
             return tuple((first + i,) for i in range(len(shape)))
 
         lefts = tuple(dims(s) for s in operands)
-        return Rule(tuple(factors), lefts, tuple(dims(s) for s in results), source="whole")
+        rights = tuple(dims(s) for s in results)
+        return Rule(tuple(factors), lefts, rights, source="whole")
 
     def with_source(self, source: str) -> Rule:
         """The same rule, said to come from elsewhere."""
