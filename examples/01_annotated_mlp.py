@@ -1,7 +1,7 @@
 """How do I split a network with two annotations?  Name a mesh axis for the batch, one for a layer.
 
     python examples/01_annotated_mlp.py
-    autoshard plan examples/01_annotated_mlp.py:job --cluster tpu-v5e:4x4
+    autoshard plan examples/01_annotated_mlp.py:job --cluster cpu:8 --mesh data=4,model=2
 
 A classifier of the Wisconsin breast cancer data that ships with scikit-learn (569 cases of 30
 measurements). `annotate` says what must be split; all other arrays follow from it. Under plain

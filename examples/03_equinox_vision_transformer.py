@@ -1,7 +1,7 @@
 """Does it work on an equinox model?  A small vision transformer reads handwritten digits.
 
     python examples/03_equinox_vision_transformer.py
-    autoshard plan examples/03_equinox_vision_transformer.py:job --cluster h100:1x8
+    autoshard plan examples/03_equinox_vision_transformer.py:job --cluster cpu:8
 
 `eqx.partition` parts the model into arrays and the rest, as every equinox program does; the train
 step is a function of the arrays. Of sharding the model knows nothing: the one wish, that the batch
@@ -104,7 +104,7 @@ def main() -> None:
 
     eight_devices()
     step, (state, batch) = job()
-    hints = {"batch*": P("data")}
+    hints = {"batch/*": P("data")}
     plan = autoshard.plan(step, state, batch, cluster="cpu:8", hints=hints, donate_argnums=(0,))
     print(plan)
     print(plan.explain("state/params/**/attention/query_proj/weight"))

@@ -1,7 +1,7 @@
 """Who goes to which expert, and where does the expert live?  A mixture of experts, as in GShard.
 
     python examples/04_mixture_of_experts.py
-    autoshard explain examples/04_mixture_of_experts.py:job "**/w1" --cluster tpu-v5e:4x4
+    autoshard explain examples/04_mixture_of_experts.py:job "**/w1" --cluster cpu:8
 
 Guesses the next byte of Python's own sources from the sixteen before it. A router sends each token
 to its two best experts, as long as they have room; two einsums, dispatch and combine, carry the

@@ -1,7 +1,7 @@
 """What of batch norm, which looks at the whole batch?  A convolutional net on handwritten digits.
 
     python examples/05_digits_conv_batchnorm.py
-    autoshard compare examples/05_digits_conv_batchnorm.py:job --cluster a100:1x8
+    autoshard compare examples/05_digits_conv_batchnorm.py:job --cluster cpu:8
 
 Means and variances are taken over all images, wherever they lie; a sharded step must not quietly
 turn them into means over one device's share. Here the step is planned by a decorator, on its first

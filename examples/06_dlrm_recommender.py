@@ -1,7 +1,7 @@
 """Where do tables go that are too big for one device?  A recommender, nearly all of it embeddings.
 
     python examples/06_dlrm_recommender.py
-    autoshard plan examples/06_dlrm_recommender.py:job --cluster tpu-v5e:2x4 --specs
+    autoshard plan examples/06_dlrm_recommender.py:job --cluster cpu:8 --specs
 
 The network is DLRM (arXiv 1906.00091): dense features through a bottom MLP, ids through embedding
 tables, the dot products of all pairs of these vectors through a top MLP. Two tables are long, six

@@ -1,7 +1,7 @@
 """Can the split dimension change on the way?  A video transformer looks along space, then time.
 
     python examples/08_video_transformer.py
-    autoshard plan examples/08_video_transformer.py:job --cluster h100:1x8 --mesh model=8
+    autoshard plan examples/08_video_transformer.py:job --cluster cpu:8 --mesh model=8
 
 Spatial attention mixes the patches of one frame, temporal attention the frames of one patch. So a
 long video can be split over frames in the one kind of block and over patches in the other, with an
