@@ -68,6 +68,24 @@ def op_strategies(priced: Priced, choice: Sequence[int]) -> tuple[Strategy, ...]
     )
 
 
+class _Layouts:
+    """What strategies want of operands and make of results; like operations are asked once."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+        self.known: dict[tuple[int, Strategy], tuple[list[Axes], list[Axes]]] = {}
+
+    def of(self, op: Op, strategy: Strategy) -> tuple[list[Axes], list[Axes]]:
+        """(sharding wanted of each operand, sharding made of each result)."""
+        key = (id(op.rule), strategy)
+        if key not in self.known:
+            self.known[key] = (
+                [operand_axes(op.rule, k, strategy, self.sizes) for k in range(len(op.inputs))],
+                [result_axes(op.rule, k, strategy, self.sizes) for k in range(len(op.outputs))],
+            )
+        return self.known[key]
+
+
 def changes(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Change, ...]:
@@ -83,7 +101,9 @@ def changes(
             trips = graph.trips(op.region)
             out.append(Change(op.id, side, k, v, f, t, shared, moves, trips))
 
+    layout = _Layouts(sizes)
     for op in graph.ops:
+        wants, gives = layout.of(op, chosen[op.id])
         for k, v in enumerate(op.inputs):
             if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
                 continue
@@ -95,10 +115,10 @@ def changes(
                     made.add(copy)
                     add(op, "copy", k, v, have, through, copy)
                 have = through
-            add(op, "operand", k, v, have, operand_axes(op.rule, k, chosen[op.id], sizes), copy)
+            add(op, "operand", k, v, have, wants[k], copy)
         for k, v in enumerate(op.outputs):
             if graph.values[v].type.size > 1:
-                add(op, "result", k, v, result_axes(op.rule, k, chosen[op.id], sizes), values[v])
+                add(op, "result", k, v, gives[k], values[v])
     return tuple(out)
 
 
@@ -106,13 +126,14 @@ def reshards(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Reshard, ...]:
     """What the lowering has to do to operands."""
-    graph, sizes = priced.graph, priced.mesh.sizes
+    graph, layout = priced.graph, _Layouts(priced.mesh.sizes)
     out = []
     for op in graph.ops:
+        wants, _ = layout.of(op, chosen[op.id])
         for k, v in enumerate(op.inputs):
             if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
                 continue
-            want = operand_axes(op.rule, k, chosen[op.id], sizes)
+            want = wants[k]
             if PARTIAL in want:
                 continue
             copy = priced.copies.get((op.id, k), -1)
@@ -175,9 +196,67 @@ def local_bytes(nbytes: int, axes: Axes, priced: Priced) -> float:
     return math.ceil(nbytes / Sharding(axes).shards(priced.mesh.sizes))
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A choice read back: shardings of values, strategies and seconds of ops, and all reshards."""
+
+    values: tuple[Axes, ...]
+    strategies: tuple[Strategy, ...]
+    seconds: tuple[float, ...]
+    changes: tuple[Change, ...]
+
+
+def read_back(priced: Priced, choice: Sequence[int]) -> Answer:
+    """What a choice means for every value and operation."""
+    values, chosen = value_axes(priced, choice), op_strategies(priced, choice)
+    return Answer(values, chosen, _seconds(priced, chosen), changes(priced, choice, values, chosen))
+
+
+def _seconds(priced: Priced, chosen: Sequence[Strategy]) -> tuple[float, ...]:
+    """Compute seconds per step of every operation; like operations are priced once."""
+    graph, known = priced.graph, {}
+    trips = [graph.trips(r.id) for r in graph.regions]
+    out = []
+    for op, strategy in zip(graph.ops, chosen, strict=True):
+        if op.is_link:
+            out.append(0.0)
+            continue
+        counted = priced.reads[op.id]
+        key = (id(op.rule), strategy, counted)
+        if key not in known:
+            known[key] = op_seconds(
+                graph, op, strategy, priced.mesh, priced.cluster, priced.links, counted
+            )
+        out.append(known[key] * trips[op.region])
+    return tuple(out)
+
+
 def cost_of(priced: Priced, choice: Sequence[int]) -> Cost:
     """The predicted cost of a choice."""
-    return _assemble(priced, choice)[0]
+    return _cost(priced, read_back(priced, choice))
+
+
+def _cost(priced: Priced, answer: Answer) -> Cost:
+    graph, sizes = priced.graph, priced.mesh.sizes
+    comm = sent = 0.0
+    for c in answer.changes:
+        nbytes = graph.values[c.value].type.nbytes
+        comm += reshard_seconds(c.moves, nbytes, priced.links) * c.trips
+        sent += reshard_sent(c.moves, nbytes, sizes) * c.trips
+    compute = sum(answer.seconds)
+    flops = sum(
+        op.rule.flops / parts(s, sizes) * graph.trips(op.region)
+        for op, s in zip(graph.ops, answer.strategies, strict=True)
+        if op.rule.flops
+    )
+    return Cost(
+        step_time=compute + comm,
+        compute_time=compute,
+        comm_time=comm,
+        peak_memory=peak_memory(priced, answer.values, answer.changes),
+        comm_bytes=sent,
+        flops=flops,
+    )
 
 
 def assemble(
@@ -185,7 +264,8 @@ def assemble(
 ) -> Plan:
     """The plan that a solution stands for."""
     graph = priced.graph
-    cost, ops, values, moved = _assemble(priced, solution.choice)
+    answer = read_back(priced, solution.choice)
+    values = answer.values
     signature = signature_of(graph)
     return Plan(
         name=graph.name,
@@ -197,15 +277,15 @@ def assemble(
         status=solution.status,
         gap=solution.gap,
         memory_limit=limit,
-        cost=cost,
+        cost=_cost(priced, answer),
         arguments=tuple(_tensor(priced, v, graph.values[v].name, values[v]) for v in graph.inputs),
         results=tuple(
             _tensor(priced, v, name, values[v])
             for v, name in zip(graph.outputs, graph.output_names, strict=True)
         ),
-        ops=ops,
+        ops=_op_plans(priced, answer),
         values=_constraints(priced, values),
-        reshards=moved,
+        reshards=reshards(priced, solution.choice, values, answer.strategies),
         donated=tuple(i for i, v in enumerate(graph.inputs) if v in graph.donated),
         notes=(*graph.notes, *notes),
     )
@@ -220,44 +300,17 @@ def _tensor(priced: Priced, v: int, name: str, axes: Axes) -> TensorPlan:
     )
 
 
-def _assemble(
-    priced: Priced, choice: Sequence[int]
-) -> tuple[Cost, tuple[OpPlan, ...], tuple[Axes, ...], tuple[Reshard, ...]]:
-    values, chosen = value_axes(priced, choice), op_strategies(priced, choice)
-    changed = changes(priced, choice, values, chosen)
+def _op_plans(priced: Priced, answer: Answer) -> tuple[OpPlan, ...]:
     by_op: dict[int, list[Change]] = {}
-    for c in changed:
+    for c in answer.changes:
         by_op.setdefault(c.op, []).append(c)
-    ops = tuple(
-        _op_plan(priced, op, chosen[op.id], values, by_op.get(op.id, ())) for op in priced.graph.ops
-    )
-    compute = sum(o.seconds for o in ops)
-    comm = sum(m.seconds * m.trips for o in ops for m in o.collectives)
-    sent = sum(
-        reshard_sent(c.moves, priced.graph.values[c.value].type.nbytes, priced.mesh.sizes) * c.trips
-        for c in changed
-    )
-    cost = Cost(
-        step_time=compute + comm,
-        compute_time=compute,
-        comm_time=comm,
-        peak_memory=peak_memory(priced, values, changed),
-        comm_bytes=sent,
-        flops=sum(o.flops for o in ops),
-    )
-    return cost, ops, values, reshards(priced, choice, values, chosen)
+    return tuple(_op_plan(priced, op, answer, by_op.get(op.id, ())) for op in priced.graph.ops)
 
 
-def _op_plan(
-    priced: Priced, op: Op, strategy: Strategy, values: Sequence[Axes], changed: Sequence[Change]
-) -> OpPlan:
+def _op_plan(priced: Priced, op: Op, answer: Answer, changed: Sequence[Change]) -> OpPlan:
     graph, mesh = priced.graph, priced.mesh
     trips = graph.trips(op.region)
-    seconds = 0.0
-    if not op.is_link:
-        seconds = op_seconds(
-            graph, op, strategy, mesh, priced.cluster, priced.links, priced.reads[op.id]
-        )
+    values, strategy = answer.values, answer.strategies[op.id]
     split = parts(strategy, mesh.sizes)
     return OpPlan(
         id=op.id,
@@ -273,7 +326,7 @@ def _op_plan(
             Sharding(values[v]).text(graph.values[v].shape, _short(graph, v), mesh)
             for v in op.outputs
         ),
-        seconds=seconds * trips,
+        seconds=answer.seconds[op.id],
         bytes=sum(local_bytes(graph.values[v].type.nbytes, values[v], priced) for v in op.outputs),
         flops=op.rule.flops / split * trips,
         trips=trips,
