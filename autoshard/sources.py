@@ -27,14 +27,17 @@ def is_users(file: str) -> bool:
     return os.path.dirname(os.path.abspath(file)) != _HERE
 
 
-def source_of(source_info: Any) -> str:
-    """`file.py:line (function)` of an equation, or "" when jax kept no traceback."""
+def source_of(source_info: Any, caller: str = "") -> str:
+    """`file.py:line (function)` of an equation, or "" when jax kept no traceback.
+
+    caller: what is said where no frame is the user's, if it is not empty.
+    """
     found = frames(source_info)
     for file, line, function in found:
         if is_users(file):
             return f"{os.path.basename(file)}:{line} ({function.rsplit('.', 1)[-1]})"
-    if not found:
-        return ""
+    if not found or caller:
+        return caller
     text = summarize(source_info)
     place, _, function = text.partition(" ")
     parts = os.path.basename(place).split(":")

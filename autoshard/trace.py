@@ -149,7 +149,8 @@ class _Builder:
         self.hints: list[Hint] = []
         self.notes: list[str] = []
         self.required_mesh: Mapping[str, int] | None = None
-        self._rules: dict[Any, Rule] = {}
+        self._rules: dict[Any, tuple[Rule, str]] = {}
+        self._caller = ""  # where the call stands whose body is being walked
         self._literals: dict[Any, int] = {}
 
     # values
@@ -203,19 +204,10 @@ class _Builder:
     def rule_for(self, sig: Signature, eqn: Any, source: str) -> Rule:
         key = (sig.name, sig.operands, sig.results, _frozen(sig.params))
         if key not in self._rules:
-            self._rules[key] = self._new_rule(sig, eqn, source)
-        return self._rules[key]
-
-    def _new_rule(self, sig: Signature, eqn: Any, source: str) -> Rule:
-        if eqn is not None and eqn.effects:
-            self.notes.append(f"{sig.name} has side effects and is left unsharded ({source})")
-            return whole_rule(sig)
-        rule = hand_rule(sig)
-        if rule is None and eqn is not None:
-            rule = shardy_rule(eqn)
-        if rule is None:
-            rule = whole_rule(sig)
-            self.notes.append(f"{sig.name} has no sharding rule and is not split ({source})")
+            self._rules[key] = _new_rule(sig, eqn)
+        rule, note = self._rules[key]
+        if note:
+            self.notes.append(f"{note} ({source})")
         return rule
 
     def link(
@@ -242,6 +234,12 @@ class _Builder:
 
     # the walk
 
+    def body(self, eqn: Any, jaxpr: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        """Walk the body of an equation; jax traces library functions once for all their callers."""
+        outside, self._caller = self._caller, source_of(eqn.source_info, self._caller)
+        self.walk(jaxpr, env, path, region)
+        self._caller = outside
+
     def walk(self, jaxpr: Any, env: dict[Any, int], path: Path, region: int) -> None:
         for i, eqn in enumerate(jaxpr.eqns):
             name = eqn.primitive.name
@@ -264,7 +262,7 @@ class _Builder:
                 self._plain(eqn, env, here, region)
 
     def _plain(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
-        sig, source = signature(eqn), source_of(eqn.source_info)
+        sig, source = signature(eqn), source_of(eqn.source_info, self._caller)
         inputs = [self.read(v, env) for v in eqn.invars]
         outputs = []
         for var, type in zip(eqn.outvars, sig.results, strict=True):
@@ -311,7 +309,7 @@ class _Builder:
         self.constants(inner.constvars, scope)
         for var, outer in zip(inner.invars, eqn.invars, strict=True):
             scope[var] = self.read(outer, env)
-        self.walk(inner, scope, path, region)
+        self.body(eqn, inner, scope, path, region)
         for var, result in zip(eqn.outvars, inner.outvars, strict=True):
             env[var] = self.read(result, scope)
 
@@ -322,13 +320,13 @@ class _Builder:
         scope: dict[Any, int] = {}
         self.constants(inner.constvars, scope)
         scope.update(zip(inner.invars, operands, strict=True))
-        self.walk(inner, scope, path, region)
+        self.body(eqn, inner, scope, path, region)
         for var, result in zip(eqn.outvars, inner.outvars, strict=True):
             env[var] = self.read(result, scope)
 
     def _scan(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
         inner, _ = open_jaxpr(eqn.params["jaxpr"])
-        source = source_of(eqn.source_info)
+        source = source_of(eqn.source_info, self._caller)
         n_consts, n_carry = scan_counts(eqn.params)
         outer = [self.read(v, env) for v in eqn.invars]
         scope: dict[Any, int] = {}
@@ -341,7 +339,7 @@ class _Builder:
         for k, var in enumerate(inner.invars[entering:], entering):
             at = (*path, "in", k)
             scope[var] = self.link("scan_slice", [outer[k]], type_of(var.aval), source, at, body)
-        self.walk(inner, scope, (*path, "body"), body)
+        self.body(eqn, inner, scope, (*path, "body"), body)
         for k, (var, result) in enumerate(zip(eqn.outvars, inner.outvars, strict=True)):
             at, made = (*path, "out", k), self.read(result, scope)
             if k < n_carry:
@@ -360,7 +358,7 @@ class _Builder:
     def _while(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
         cond, _ = open_jaxpr(eqn.params["cond_jaxpr"])
         body, _ = open_jaxpr(eqn.params["body_jaxpr"])
-        source = source_of(eqn.source_info)
+        source = source_of(eqn.source_info, self._caller)
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         outer = [self.read(v, env) for v in eqn.invars]
         entered = [
@@ -377,7 +375,7 @@ class _Builder:
             self.constants(inner.constvars, scope)
             scope.update(zip(inner.invars, [*first, *carry], strict=True))
             span = self.open_region(region, kind, 1.0)  # type: ignore[arg-type]
-            self.walk(inner, scope, (*path, "cond" if inner is cond else "body"), span)
+            self.body(eqn, inner, scope, (*path, "cond" if inner is cond else "body"), span)
             if inner is body:
                 for k, (var, result) in enumerate(zip(eqn.outvars, inner.outvars, strict=True)):
                     made = self.read(result, scope)
@@ -386,7 +384,7 @@ class _Builder:
             self.close_region(span)
 
     def _cond(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
-        source = source_of(eqn.source_info)
+        source = source_of(eqn.source_info, self._caller)
         branches = eqn.params["branches"]
         operands = [self.read(v, env) for v in eqn.invars[1:]]
         results: list[list[int]] = []
@@ -396,13 +394,25 @@ class _Builder:
             self.constants(inner.constvars, scope)
             scope.update(zip(inner.invars, operands, strict=True))
             span = self.open_region(region, "branch", 1.0 / len(branches))
-            self.walk(inner, scope, (*path, "branch", b), span)
+            self.body(eqn, inner, scope, (*path, "branch", b), span)
             results.append([self.read(v, scope) for v in inner.outvars])
             self.close_region(span)
         for k, var in enumerate(eqn.outvars):
             made = [r[k] for r in results]
             at = (*path, "out", k)
             env[var] = self.link("branch_join", made, type_of(var.aval), source, at, region)
+
+
+def _new_rule(sig: Signature, eqn: Any) -> tuple[Rule, str]:
+    """The rule of an equation (None: of a link), and what is to be said about it."""
+    if eqn is not None and eqn.effects:
+        return whole_rule(sig), f"{sig.name} has side effects and is left unsharded"
+    rule = hand_rule(sig)
+    if rule is None and eqn is not None:
+        rule = shardy_rule(eqn)
+    if rule is None:
+        return whole_rule(sig), f"{sig.name} has no sharding rule and is not split"
+    return rule, ""
 
 
 def _frozen(x: Any) -> Any:

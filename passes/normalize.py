@@ -6,6 +6,7 @@ paths of the others stay as they were: the lowering still walks the whole jaxpr.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from passes.ir.graph import Graph, Op
@@ -14,8 +15,6 @@ from passes.ir.graph import Graph, Op
 def drop_dead(graph: Graph) -> Graph:
     """The same graph without operations that neither reach an output nor have effects."""
     alive = _alive(graph)
-    if all(alive):
-        return graph
     before = [0] * (len(graph.ops) + 1)  # how many live ops come before each op
     for k, a in enumerate(alive):
         before[k + 1] = before[k] + a
@@ -25,9 +24,32 @@ def drop_dead(graph: Graph) -> Graph:
             ops.append(replace(op, id=len(ops)))
     regions = tuple(replace(r, begin=before[r.begin], end=before[r.end]) for r in graph.regions)
     needed = {v for op in ops for v in (*op.inputs, *op.outputs)}
-    ties = tuple(t for t in graph.ties if t[1] in needed)
-    hints = tuple(h for h in graph.hints if h.value in needed or h.value in graph.inputs)
-    return replace(graph, ops=tuple(ops), regions=regions, ties=ties, hints=hints)
+    needed.update(graph.inputs, graph.outputs)
+    ties = tuple(t for t in graph.ties if needed.issuperset(t))
+    hints = tuple(h for h in graph.hints if h.value in needed)
+    left = replace(graph, ops=tuple(ops), regions=regions, ties=ties, hints=hints)
+    return _renumbered(left, sorted(needed))
+
+
+def _renumbered(graph: Graph, needed: Sequence[int]) -> Graph:
+    """The same graph with these values alone."""
+    new = {v: k for k, v in enumerate(needed)}
+
+    def renamed(values: Iterable[int]) -> tuple[int, ...]:
+        return tuple(new[v] for v in values)
+
+    return replace(
+        graph,
+        values=tuple(replace(graph.values[v], id=k) for v, k in new.items()),
+        ops=tuple(
+            replace(op, inputs=renamed(op.inputs), outputs=renamed(op.outputs)) for op in graph.ops
+        ),
+        inputs=renamed(graph.inputs),
+        outputs=renamed(graph.outputs),
+        ties=tuple((new[a], new[b]) for a, b in graph.ties),
+        donated=frozenset(renamed(graph.donated)),
+        hints=tuple(replace(h, value=new[h.value]) for h in graph.hints),
+    )
 
 
 def _alive(graph: Graph) -> list[bool]:
