@@ -37,11 +37,12 @@ def undominated(unary: Costs, tables: Sequence[Costs], usages: Sequence[Costs]) 
     worse = unary[b] - unary[a]
     # A few columns give each edge's maximum from below; then the exact one, for the pairs left.
     most = np.array([_worst(t[:, :: max(1, t.shape[1] // 4)], a, b) for t in tables])
-    for e, table in enumerate(tables):
+    with np.errstate(invalid="ignore"):  # infinitely worse on one edge, better on another: no
+        for e, table in enumerate(tables):
+            alive = np.flatnonzero(worse + most.sum(axis=0) <= 0)
+            a, b, worse, most = a[alive], b[alive], worse[alive], most[:, alive]
+            most[e] = _worst(table, a, b)
         alive = np.flatnonzero(worse + most.sum(axis=0) <= 0)
-        a, b, worse, most = a[alive], b[alive], worse[alive], most[:, alive]
-        most[e] = _worst(table, a, b)
-    alive = np.flatnonzero(worse + most.sum(axis=0) <= 0)
     dominates: npt.NDArray[np.bool_] = np.zeros((count, count), dtype=bool)
     dominates[a[alive], b[alive]] = True
     first = np.tri(count, dtype=bool)  # [a, b]: b is not after a
@@ -49,7 +50,7 @@ def undominated(unary: Costs, tables: Sequence[Costs], usages: Sequence[Costs]) 
 
 
 def _worst(table: Costs, a: Picks, b: Picks) -> Costs:
-    """max_j table[b, j] - table[a, j] for each pair; columns where both are infinite say nothing."""
+    """max_j table[b, j] - table[a, j] per pair; columns where both are infinite say nothing."""
     out = np.empty(len(a))
     step = max(1, _CHUNK // max(1, table.shape[1]))
     with np.errstate(invalid="ignore"):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Order:
     largest: float
 
 
-def plan_order(
+def plan_order(  # noqa: C901 (one loop with its bookkeeping)
     sizes: Sequence[int],
     neighbours: Mapping[int, set[int]],
     most_work: float = np.inf,
@@ -164,6 +165,7 @@ def _trace_back(order: Order, buckets: list[list[Table]], nodes: int) -> list[in
     for p in range(len(order.nodes) - 1, -1, -1):
         total: Costs = np.zeros(())
         for names, costs in buckets[p]:
-            total = total + costs[(slice(None), *(choice[u] for u in names[1:]))]
+            index: Any = (slice(None), *(choice[u] for u in names[1:]))
+            total = total + costs[index]
         choice[order.nodes[p]] = int(total.argmin())
     return choice

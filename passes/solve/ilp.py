@@ -1,4 +1,14 @@
-"""What is the cheapest choice per node?  `solve(problem) -> Solution`."""
+"""What is the cheapest choice per node?  `solve(problem) -> Solution`.
+
+Presolve makes the problem small (`presolve`), a search brings a lower bound and a feasible choice
+together (`search`), and what comes out is checked against the problem as it was given.
+
+>>> from passes.solve.problem import Edge, Node
+>>> a, b = Node(np.array([0.0, 4.0])), Node(np.array([3.0, 0.0]))
+>>> found = solve(Problem("two", (a, b), (Edge(0, 1, np.array([[0.0, 5.0], [0.0, 0.0]])),)))
+>>> found.choice, found.cost, found.status
+((0, 0), 3.0, 'optimal')
+"""
 
 from __future__ import annotations
 
@@ -6,10 +16,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from passes.solve import eliminate
-from passes.solve.problem import INFINITY, Costs, Problem, Shortage, Solution, check
-
-_LARGEST = 4e6  # entries of the largest table we are willing to make
+from passes.solve.memory import find_shortage
+from passes.solve.meter import Meter, Progress, Stop
+from passes.solve.presolve import presolve
+from passes.solve.problem import INFINITY, Problem, ProblemError, Shortage, Solution, check
+from passes.solve.reduction import Core, Infeasible
+from passes.solve.search import Search
+from passes.solve.tables import Pool
 
 
 def solve(
@@ -18,89 +31,69 @@ def solve(
     starts: Sequence[Sequence[int]] = (),
     work: float | None = None,
     time_limit: float | None = None,
-    progress: Callable[[float, float], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Solution:
-    """The cheapest feasible choice found, never worse than the best feasible start."""
+    """The cheapest feasible choice found, never dearer than the best feasible start, and a bound.
+
+    work: deterministic units of effort, about a second each; None stops as soon as the gap is
+    small. time_limit: seconds, ends the search early (then the answer may differ between machines).
+    progress: told of each new best cost and bound. Raises ProblemError for a malformed problem.
+    """
     check(problem)
-    shortage = find_shortage(problem)
-    if shortage is not None:
-        return Solution((), np.inf, np.inf, 0.0, "infeasible", shortage=shortage)
-    unary = [_open(n.costs) for n in problem.nodes]
-    tables = _merge(problem)
-    best: tuple[int, ...] = ()
-    cost = np.inf
-    for start in starts:
-        if problem.feasible(start) and problem.cost(start) < cost:
-            best, cost = tuple(start), problem.cost(start)
-    if not problem.nodes:
-        return Solution((), 0.0, 0.0, 0.0, "optimal")
-    around: dict[int, set[int]] = {v: set() for v in range(len(unary))}
-    for u, v in tables:
-        around[u].add(v)
-        around[v].add(u)
-    order = eliminate.plan_order([len(c) for c in unary], around)
-    bound = sum(float(c.min()) for c in unary) + sum(float(t.min()) for t in tables.values())
-    if order.largest <= _LARGEST:
-        penalty = 0.0
-        for _ in range(30):
-            priced = [c.copy() for c in unary]
-            for v, node in enumerate(problem.nodes):
-                for use in node.uses:
-                    priced[v] += penalty * use.usages * max(use.end - use.begin, 0)
-            value, choice = eliminate.minimise(order, priced, tables)
-            if not penalty:
-                bound = value
-            if problem.feasible(choice) and problem.cost(choice) < cost:
-                best, cost = tuple(choice), problem.cost(choice)
-            if best:
-                break
-            penalty = penalty * 4 if penalty else 1e-3
-    if bound == np.inf:
-        return Solution((), np.inf, np.inf, 0.0, "infeasible")
-    if not best:
-        return Solution((), np.inf, bound, 0.0, "unknown", stopped="work")
-    peak = float(problem.memory(best).max(initial=0.0))
-    status = "optimal" if cost <= bound else "feasible"
-    return Solution(best, cost, min(bound, cost), peak, status)
+    meter = Meter(problem, work, time_limit, progress)
+    try:
+        for start in starts:
+            _check_start(problem, start)
+            meter.offer(start)
+        stopped = _search(problem, meter)
+    except Stop as stop:
+        stopped = str(stop)
+    except _NothingFits as nothing:
+        return Solution((), np.inf, np.inf, 0.0, "infeasible", meter.work, nothing.shortage)
+    if not meter.choice and (problem.nodes or meter.cost > 0):
+        return Solution((), np.inf, meter.bound, 0.0, "unknown", meter.work, None, stopped)
+    peak = float(problem.memory(meter.choice).max(initial=0.0))
+    status = "optimal" if meter.bound >= meter.cost else "feasible"
+    return Solution(meter.choice, meter.cost, meter.bound, peak, status, meter.work, None, stopped)
 
 
-def _open(costs: Costs) -> Costs:
-    """With numpy's infinity for what may not be chosen."""
-    return np.where(costs >= INFINITY, np.inf, costs)
+class _NothingFits(Exception):
+    """No choice is feasible; shortage says why, where that is known."""
+
+    def __init__(self, shortage: Shortage | None) -> None:
+        super().__init__()
+        self.shortage = shortage
 
 
-def _merge(problem: Problem) -> dict[tuple[int, int], Costs]:
-    """One matrix for each pair of nodes."""
-    out: dict[tuple[int, int], Costs] = {}
-    for edge in problem.edges:
-        u, v, costs = edge.u, edge.v, _open(edge.costs)
-        if u > v:
-            u, v, costs = v, u, costs.T
-        out[u, v] = out[u, v] + costs if (u, v) in out else costs
-    return out
+def _search(problem: Problem, meter: Meter) -> str:
+    """Presolve and search; returns why it ended, unless by raising Stop."""
+    pool = Pool()
+    try:
+        core = presolve(problem, pool)
+        meter.spend(1e-4 * len(problem.nodes))
+        shortage = _shortage(problem, core)
+        if shortage is not None:
+            raise _NothingFits(shortage)
+        Search(core, pool, meter).run()
+    except Infeasible:
+        if not meter.choice:
+            raise _NothingFits(None) from None
+    return "proven"
 
 
-def find_shortage(problem: Problem) -> Shortage | None:
-    """The time step that is worst off when every node takes its smallest choice, if too large."""
-    if problem.limit is None:
-        return None
-    steps = max((use.end for n in problem.nodes for use in n.uses), default=0)
-    change = np.zeros(steps + 1)
-    smallest = [[float(use.usages.min()) for use in n.uses] for n in problem.nodes]
-    for node, least in zip(problem.nodes, smallest, strict=True):
-        for use, n in zip(node.uses, least, strict=True):
-            if use.begin < use.end:
-                change[use.begin] += n
-                change[use.end] -= n
-    memory = np.cumsum(change)[:steps]
-    if memory.max(initial=0.0) <= problem.limit:
-        return None
-    time = int(memory.argmax())
-    held = {
-        v: sum(n for use, n in zip(node.uses, least, strict=True) if use.begin <= time < use.end)
-        for v, (node, least) in enumerate(zip(problem.nodes, smallest, strict=True))
-    }
-    nodes = sorted((v for v, n in held.items() if n > 0), key=lambda v: (-held[v], v))
-    return Shortage(
-        time, float(memory[time]), problem.limit, tuple(nodes), tuple(held[v] for v in nodes)
-    )
+def _shortage(problem: Problem, core: Core) -> Shortage | None:
+    """Where even the smallest choices overflow, if presolve found such a time."""
+    smallest = [
+        [float(use.usages[node.costs < INFINITY].min(initial=np.inf)) for use in node.uses]
+        for node in problem.nodes
+    ]
+    return find_shortage(problem, smallest)
+
+
+def _check_start(problem: Problem, start: Sequence[int]) -> None:
+    """Raise ProblemError for a start that is no choice of this problem."""
+    if len(start) != len(problem.nodes):
+        raise ProblemError(f"a start has {len(start)} choices for {len(problem.nodes)} nodes")
+    for v, (node, c) in enumerate(zip(problem.nodes, start, strict=True)):
+        if not 0 <= c < len(node.costs):
+            raise ProblemError(f"a start takes choice {c} of node {v}, which has {len(node.costs)}")

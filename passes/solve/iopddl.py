@@ -1,7 +1,8 @@
 """How are problems shared?  Read and write the JSON format of Google's IOPDDL contest.
 
     {"problem": {"name": ..., "usage_limit": ...,
-                 "nodes": {"intervals": [[begin, end], ...], "costs": [[...], ...], "usages": [[...], ...]},
+                 "nodes": {"intervals": [[begin, end], ...],
+                           "costs": [[...], ...], "usages": [[...], ...]},
                  "edges": {"nodes": [[u, v], ...], "costs": [[row by row, u by v], ...]}}}
 
 (Moffitt and Fegade, "The ASPLOS 2025 / EuroSys 2025 Contest on Intra-Operator Parallelism for
@@ -89,7 +90,9 @@ def _edges(edges: dict[str, Any], nodes: list[Node]) -> list[Edge]:
     ends = _member(edges, "nodes", list, "problem.edges")
     costs = _member(edges, "costs", list, "problem.edges")
     if len(ends) != len(costs):
-        raise ProblemError(f"problem.edges has {len(ends)} pairs of nodes but {len(costs)} lists of costs")
+        raise ProblemError(
+            f"problem.edges has {len(ends)} pairs of nodes but {len(costs)} lists of costs"
+        )
     shared: dict[tuple[int, int, bytes], Costs] = {}
     out = []
     for i, (pair, values) in enumerate(zip(ends, costs, strict=True)):

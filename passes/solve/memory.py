@@ -97,7 +97,8 @@ class Rows:
         total = np.concatenate([[0.0], np.cumsum(prices)])
         weight = total[self.end] - total[self.begin]
         lengths = np.diff(np.append(self.first, len(self.usage)))
-        return np.bincount(self.entry, self.usage * np.repeat(weight, lengths), choices)
+        weights = self.usage * np.repeat(weight, lengths)
+        return np.bincount(self.entry, weights, choices).astype(np.float64)
 
 
 def find_shortage(problem: Problem, smallest: Sequence[Sequence[float]]) -> Shortage | None:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
-from passes.solve.reduction import Core, Infeasible, Step
 from passes.solve.dominance import undominated
 from passes.solve.memory import Span, row_times
 from passes.solve.problem import Costs, Problem
+from passes.solve.reduction import Core, Infeasible, Step
 from passes.solve.tables import Picks, Pool
 
 # Above this many neighbours, or entries to look at, a node is not searched for dominated choices;
@@ -34,7 +35,7 @@ _ENTRIES = 1 << 22
 def presolve(problem: Problem, pool: Pool) -> Core:
     """The reduced problem; raises Infeasible when no choice has a finite cost."""
     times = row_times(problem)
-    limit = problem.limit if problem.limit is not None else 0.0
+    limit = float(problem.limit) if problem.limit is not None else 0.0
     state = _State(pool, len(problem.nodes), np.full(len(times), limit), times)
     for v, node in enumerate(problem.nodes):
         spans = []
@@ -49,7 +50,9 @@ def presolve(problem: Problem, pool: Pool) -> Core:
             state.add_unary(edge.u, np.diagonal(table)[state.labels[edge.u]])
         else:
             table = pool.rows(table, state.labels[edge.u])
-            state.add_edge(edge.u, edge.v, pool.turned(pool.rows(pool.turned(table), state.labels[edge.v])))
+            state.add_edge(
+                edge.u, edge.v, pool.turned(pool.rows(pool.turned(table), state.labels[edge.v]))
+            )
     return state.finish()
 
 
@@ -64,7 +67,8 @@ def reduce_again(core: Core, keep: Sequence[Picks], pool: Pool) -> Core:
         for j, table in around.items():
             if i < j:
                 table = pool.turned(pool.rows(table, keep[i]))
-                state.add_edge(core.names[i], core.names[j], pool.turned(pool.rows(table, keep[j])))
+                table = pool.turned(pool.rows(table, keep[j]))
+                state.add_edge(core.names[i], core.names[j], table)
     return state.finish()
 
 
@@ -124,11 +128,11 @@ class _State:
             have = own.pop((begin, end), None)
             if have is not None:
                 usages = pool.add(have, usages)
-            least = pool.once(("least", id(usages)), lambda u=usages: float(u.min()))
+            least = pool.once(("least", id(usages)), partial(_minimum, usages))
             if least:
                 self.slack[begin:end] -= least
-                usages = pool.once(("rest", id(usages)), lambda u=usages, n=least: pool.intern(u - n))
-            if pool.once(("any", id(usages)), lambda u=usages: bool(u.any())):
+                usages = pool.once(("rest", id(usages)), partial(_above, pool, usages, least))
+            if pool.once(("any", id(usages)), partial(np.any, usages)):
                 own[begin, end] = usages
 
     def lift(self, v: int, picks: Picks) -> list[Span]:
@@ -221,7 +225,10 @@ class _State:
             if v in self.links[u]:
                 self.restrict(v, np.flatnonzero(columns))
             return
-        follows_u, follows_v = bool((finite.sum(axis=1) == 1).all()), bool((finite.sum(axis=0) == 1).all())
+        follows_u, follows_v = (
+            bool((finite.sum(axis=1) == 1).all()),
+            bool((finite.sum(axis=0) == 1).all()),
+        )
         if follows_u and follows_v and len(self.links[u]) < len(self.links[v]):
             follows_u = False  # either may go: let the one with fewer edges
         if follows_u:
@@ -245,7 +252,7 @@ class _State:
     def reduce_node(self, v: int) -> None:
         """Drop dominated choices of v, then v itself if it is simple enough."""
         around = self.links[v]
-        if 1 < len(self.unary[v]) and len(around) <= _DEGREE:
+        if len(self.unary[v]) > 1 and len(around) <= _DEGREE:
             keep = self.kept(v)
             if len(keep) < len(self.unary[v]):
                 self.restrict(v, keep)
@@ -285,14 +292,14 @@ class _State:
         own = tuple(self.labels[u] for u in given)
         self.remove(v, Step(v, given, own, np.asarray(labels[best])))
         if len(edges) == 2:
-            self.add_edge(*given, costs)
+            self.add_edge(given[0], given[1], costs)
         elif edges:
             self.add_unary(given[0], costs)
         else:
             self.constant += float(costs.min())
 
     def drop_slack_rows(self) -> None:
-        """Forget the rows that no choice can overflow, and wake the nodes that held memory there."""
+        """Forget rows that no choice can overflow, and wake the nodes that held memory there."""
         rows = len(self.slack)
         change = np.zeros(rows + 1)
         for own in self.spans:
@@ -336,8 +343,16 @@ def _range(pool: Pool, n: int) -> Picks:
     return pool.once(("range", n), lambda: np.arange(n))
 
 
+def _minimum(usages: Costs) -> float:
+    return float(usages.min())
+
+
+def _above(pool: Pool, usages: Costs, least: float) -> Costs:
+    return pool.intern(usages - least)
+
+
 def _kind(table: Costs) -> str:
-    """What an edge's table allows: nothing (plain), a split in two (separable), or it has infinities."""
+    """What a table allows: nothing (plain), a split in two (separable); or it has infinities."""
     if not np.isfinite(table).all():
         return "holes"
     split = table[:, :1] + (table[:1] - table[0, 0])

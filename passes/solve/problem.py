@@ -62,7 +62,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The whole of it. limit: bytes at every time, None for no limit. Edges may repeat (they add)."""
+    """The whole of it. limit: bytes at every time, None for none. Edges may repeat: they add."""
 
     name: str
     nodes: tuple[Node, ...]
@@ -137,7 +137,11 @@ class Solution:
     @property
     def gap(self) -> float:
         """Proven distance from optimal, relative to the cost (0 when optimal)."""
-        return 0.0 if self.cost <= self.bound else (self.cost - self.bound) / max(abs(self.cost), 1e-30)
+        return (
+            0.0
+            if self.cost <= self.bound
+            else (self.cost - self.bound) / max(abs(self.cost), 1e-30)
+        )
 
 
 def check(problem: Problem) -> None:
@@ -148,7 +152,9 @@ def check(problem: Problem) -> None:
     for i, edge in enumerate(problem.edges):
         for end in (edge.u, edge.v):
             if not 0 <= end < len(problem.nodes):
-                raise ProblemError(f"edge {i} ends at node {end}, but there are {len(problem.nodes)} nodes")
+                raise ProblemError(
+                    f"edge {i} ends at node {end}, but there are {len(problem.nodes)} nodes"
+                )
         want = (len(problem.nodes[edge.u].costs), len(problem.nodes[edge.v].costs))
         if edge.costs.shape != want:
             raise ProblemError(
@@ -156,7 +162,9 @@ def check(problem: Problem) -> None:
                 f" their choices ask for {want}"
             )
         if id(edge.costs) not in seen and np.isnan(edge.costs).any():
-            raise ProblemError(f"edge {i} between nodes {edge.u} and {edge.v} has a cost that is not a number")
+            raise ProblemError(
+                f"edge {i} between nodes {edge.u} and {edge.v} has a cost that is not a number"
+            )
         seen.add(id(edge.costs))
     if problem.limit is not None and not problem.limit >= 0:
         raise ProblemError(f"the memory limit is {problem.limit}; give a number of bytes, or None")
@@ -170,7 +178,9 @@ def _check_node(name: str, node: Node) -> None:
         raise ProblemError(f"{name} has a cost that is not a number")
     for use in node.uses:
         if use.usages.shape != node.costs.shape:
-            raise ProblemError(f"{name} has {node.costs.size} choices but {use.usages.size} memory usages")
+            raise ProblemError(
+                f"{name} has {node.costs.size} choices but {use.usages.size} memory usages"
+            )
         if not (use.usages >= 0).all():
             raise ProblemError(f"{name} has a memory usage that is negative or not a number")
         if use.begin < 0:

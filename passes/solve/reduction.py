@@ -7,13 +7,16 @@ node of one choice. Its `trail` says how each removed node follows from those st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from passes.solve.memory import Rows, Span
 from passes.solve.problem import Costs
 from passes.solve.tables import Picks
+
+Choice = Sequence[int] | npt.NDArray[np.intp]
 
 
 class Infeasible(Exception):
@@ -70,7 +73,7 @@ class Core:
         """The memory, laid out for arithmetic on all nodes at once."""
         return Rows.of(self.slack, self.spans, self.sizes)
 
-    def cost(self, choice: Sequence[int]) -> float:
+    def cost(self, choice: Choice) -> float:
         """The problem's cost of one choice per core node."""
         total = self.constant
         for v, around in enumerate(self.links):
@@ -80,7 +83,7 @@ class Core:
                     total += float(table[choice[v], choice[u]])
         return total
 
-    def expand(self, choice: Sequence[int]) -> tuple[int, ...]:
+    def expand(self, choice: Choice) -> tuple[int, ...]:
         """The problem's choice per node from the core's."""
         out = [0] * self.nodes
         for v, labels, c in zip(self.names, self.labels, choice, strict=True):
@@ -89,24 +92,24 @@ class Core:
             out[step.node] = step.follow(out)
         return tuple(out)
 
-    def restricted(self, keep: Sequence[Picks]) -> Core:
-        """The same with only these choices per node (indices into the present ones)."""
-        links: list[Mapping[int, Costs]] = [
-            {u: table[np.ix_(keep[v], keep[u])] for u, table in around.items()}
-            for v, around in enumerate(self.links)
-        ]
-        return Core(
-            self.names,
-            tuple(labels[k] for labels, k in zip(self.labels, keep, strict=True)),
-            tuple(costs[k] for costs, k in zip(self.unary, keep, strict=True)),
-            tuple(links),
-            self.constant,
+    def place(self, full: Sequence[int]) -> Picks:
+        """The core's choice that the problem's choice stands for; -1 where it has been removed."""
+        out = np.empty(len(self.names), dtype=np.intp)
+        for i, (v, labels) in enumerate(zip(self.names, self.labels, strict=True)):
+            at = int(np.searchsorted(labels, full[v]))
+            out[i] = at if at < len(labels) and labels[at] == full[v] else -1
+        return out
+
+    def with_rows(self, rows: Sequence[int]) -> Core:
+        """The same with only these memory rows (rising)."""
+        place = np.searchsorted(np.array(rows, dtype=np.intp), np.arange(len(self.slack) + 1))
+        spans = tuple(
             tuple(
-                tuple((b, e, usages[k]) for b, e, usages in own)
-                for own, k in zip(self.spans, keep, strict=True)
-            ),
-            self.slack,
-            self.times,
-            self.trail,
-            self.nodes,
+                (int(place[b]), int(place[e]), usages)
+                for b, e, usages in own
+                if place[b] < place[e]
+            )
+            for own in self.spans
         )
+        picked = list(rows)
+        return replace(self, spans=spans, slack=self.slack[picked], times=self.times[picked])

@@ -13,6 +13,7 @@ minimum when tau is not less than its distance from the bound: whatever was left
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def best_within(
 ) -> Found:
     """The best choice with all reduced costs at most tau, or at most a smaller tau that fits."""
     starts = np.cumsum([0, *(len(u) for u in unary)])
-    parts = [reduced[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [reduced[a:b] for a, b in itertools.pairwise(starts)]
     keep = [np.flatnonzero(r <= tau) for r in parts]
     order = _plan(keep, links, budget)
     if order is None:
@@ -84,9 +85,7 @@ def _smaller(
 def _plan(keep: Sequence[Picks], links: Links, budget: Budget) -> Order | None:
     """An order for the nodes with several choices left, None when it goes over the budget."""
     sizes = [len(k) for k in keep]
-    around = {
-        v: {u for u in links[v] if sizes[u] > 1} for v, size in enumerate(sizes) if size > 1
-    }
+    around = {v: {u for u in links[v] if sizes[u] > 1} for v, size in enumerate(sizes) if size > 1}
     return plan_order(sizes, around, budget.work, budget.largest)
 
 

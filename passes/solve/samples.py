@@ -115,9 +115,11 @@ def transformer(
     tight=None sets no limit; 0.5 sets it half-way between the smallest conceivable peak and the
     peak of the cheapest choice per node.
     """
-    program = _train_step(layers, {"b": batch, "s": 1024, "t": 1024, "d": width, "h": 16, "k": width // 16,
-                                   "f": 4 * width, "v": 50304})  # fmt: skip
-    return _price(program, tuple(mesh), tight, name or f"transformer {layers} layers, mesh {tuple(mesh)}")
+    sizes = {"b": batch, "s": 1024, "t": 1024, "d": width, "h": 16, "k": width // 16}
+    program = _train_step(layers, {**sizes, "f": 4 * width, "v": 50304})
+    return _price(
+        program, tuple(mesh), tight, name or f"transformer {layers} layers, mesh {tuple(mesh)}"
+    )
 
 
 def _train_step(layers: int, sizes: dict[str, int]) -> _Program:
@@ -168,7 +170,9 @@ def _backward(p: _Program, loss: int, weights: dict[int, str], stop: tuple[int, 
         for j, (source, spec) in enumerate(zip(op.inputs, op.specs, strict=True)):
             if source in stop:
                 continue
-            rest = [(n, s) for k, (n, s) in enumerate(zip(op.inputs, op.specs, strict=True)) if k != j]
+            rest = [
+                (n, s) for k, (n, s) in enumerate(zip(op.inputs, op.specs, strict=True)) if k != j
+            ]
             if not op.matmul and op.out == spec:
                 rest = []  # elementwise: its own saved result is enough
             specs = ",".join([op.out, *(s for _, s in rest)])
@@ -182,7 +186,9 @@ def _backward(p: _Program, loss: int, weights: dict[int, str], stop: tuple[int, 
         p.einsum(f"update {p.ops[w].name}", f"{spec},{spec},{spec}->{spec}", w, m, gradient[w])
 
 
-def _price(p: _Program, mesh: tuple[int, ...], tight: float | None, name: str) -> Problem:
+def _price(  # noqa: C901 (one problem, built top to bottom)
+    p: _Program, mesh: tuple[int, ...], tight: float | None, name: str
+) -> Problem:
     """Node costs, resharding edges and memory, with one array object for each distinct matrix."""
 
     def bytes_of(letters: Letters) -> float:
@@ -207,7 +213,10 @@ def _price(p: _Program, mesh: tuple[int, ...], tight: float | None, name: str) -
             work = math.prod(p.sizes[c] for c in set(letters))
             seconds = 0.0 if argument else 6 * work / shards(lay, letters) / _MEMORY
             if matmul:
-                seconds = max(2 * work / shards(lay, letters) / _FLOPS, 2 * bytes_of(out) / shards(lay, out) / _MEMORY)
+                seconds = max(
+                    2 * work / shards(lay, letters) / _FLOPS,
+                    2 * bytes_of(out) / shards(lay, out) / _MEMORY,
+                )
             for a, n, link in zip(lay, mesh, _LINKS, strict=False):
                 if a != "." and a not in out:
                     seconds += _LATENCY + 2 * bytes_of(out) / shards(lay, out) * (n - 1) / n / link
@@ -232,7 +241,9 @@ def _price(p: _Program, mesh: tuple[int, ...], tight: float | None, name: str) -
         letters = "".join(sorted(set("".join(op.specs) + op.out)))
         key = (letters, op.out)
         if key not in usage:
-            usage[key] = np.array([bytes_of(op.out) / shards(lay, op.out) for lay in layouts(letters)])
+            usage[key] = np.array(
+                [bytes_of(op.out) / shards(lay, op.out) for lay in layouts(letters)]
+            )
         end = len(p.ops) if op.argument else last[i] + 1
         use = Use(0 if op.argument else i, end, usage[key])
         nodes.append(Node(own(letters, op.out, op.matmul, op.argument), (use,), op.name))

@@ -39,7 +39,10 @@ class Pool:
         known = self._given.get(id(costs))
         if known is None:
             made = self.intern(np.where(costs >= INFINITY, np.inf, costs))
-            known = self._given[id(costs)] = (costs, made)  # holds costs, so that its id stays taken
+            known = self._given[id(costs)] = (
+                costs,
+                made,
+            )  # holds costs, so that its id stays taken
         return known[1]
 
     def intern(self, array: Costs) -> Costs:
