@@ -81,7 +81,9 @@ class _Ties:
 
     One that nobody else reads; and the only large one, when it is itself a step of such a chain.
     What a residual stream carries is neither: there a change of sharding can pay (the switch
-    between the spatial and the temporal blocks of a video transformer, DSP, arXiv 2403.10266).
+    between the spatial and the temporal blocks of a video transformer, DSP, arXiv 2403.10266). Such
+    code transposes the stream, and there its chain ends: one move of the sum is cheaper than one
+    move of each of its terms.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -89,6 +91,7 @@ class _Ties:
         self.readers = _reader_counts(graph)
         self.spread = [v.kind == "literal" for v in graph.values]  # made from nothing, or from less
         self.chained = [False] * len(graph.values)
+        self.stream = [False] * len(graph.values)  # a sum of several large operands, and its chain
 
     def operands(self, op: Op) -> list[int]:
         """Operand indices to tie to the result."""
@@ -102,7 +105,8 @@ class _Ties:
         )
         if len(arrays) == 1 or op.name in ("scan_slice", "scan_stack"):
             self.chained[out] = not op.is_link
-            return arrays
+            self.stream[out] = bool(arrays) and self.stream[op.inputs[arrays[0]]]
+            return [] if self.stream[out] and op.name == "transpose" else arrays
         large = [
             k
             for k in arrays
@@ -110,8 +114,10 @@ class _Ties:
         ]
         alone = [k for k in arrays if self.readers[op.inputs[k]] == 1]
         if len(large) != 1:
+            self.stream[out] = len(large) > 1
             return alone
         self.chained[out] = True
+        self.stream[out] = self.stream[op.inputs[large[0]]]
         tie = alone + large if self.chained[op.inputs[large[0]]] else alone
         return list(dict.fromkeys(tie))
 
