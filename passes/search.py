@@ -190,24 +190,27 @@ def fixed(problem: Problem, choice: Sequence[int]) -> Solution:
 def candidate_meshes(cluster: Cluster, names: Sequence[str] = ()) -> list[Mesh]:
     """Factorisations of the device count into one to three axes, without those that are the same.
 
-    names: axis names that hints use; every mesh then has them all, in this order.
+    names: axis names that hints use; every mesh then has them all, in this order, and splits
+    something along each unless the devices are too few.
     """
+    return _meshes(cluster, names, 2) or _meshes(cluster, names, 1)
+
+
+def _meshes(cluster: Cluster, names: Sequence[str], least_size: int) -> list[Mesh]:
     wanted = [*names, *(n for n in AXIS_NAMES if n not in names)]
     least = max(1, len(names))
-    most = max(3, least)
     out: list[Mesh] = []
     seen: set[object] = set()
+    most = max(3, least) if least_size > 1 else least
     for count in range(least, most + 1):
-        for sizes in _factorisations(cluster.devices, count, 1 if names else 2):
-            if any(s == 1 for s in sizes[least:]):
-                continue  # an axis that no hint names and that splits nothing
-            links = lay(cluster, sizes)
+        for sizes in _factorisations(cluster.devices, count, least_size):
             # Without hints names mean nothing: the same links in another order are the same.
+            links = lay(cluster, sizes)
             key: object = sizes if names else tuple(sorted(map(repr, links)))
             if key not in seen:
                 seen.add(key)
                 out.append(Mesh(tuple(wanted[:count]), sizes))
-    return out or [Mesh((wanted[0],), (cluster.devices,))]
+    return out
 
 
 def _factorisations(n: int, count: int, least: int) -> list[tuple[int, ...]]:
