@@ -40,6 +40,12 @@ def load_zoo() -> ModuleType:
 zoo = load_zoo()
 
 
+@pytest.fixture
+def printed(golden: Golden) -> Golden:
+    """`golden`, for the jax whose equations the texts are of; the facts hold for every jax."""
+    return golden if jax.__version__.startswith("0.10.") else lambda name, text: None
+
+
 @cache
 def planned(job: Callable[..., Any], cluster: str, mesh: str = "", **options: Any) -> Any:
     """The plan of a job; mesh: `model=8`, or "" to search; options of the job, or memory_limit."""
@@ -92,7 +98,7 @@ MEGATRON = [
 
 @pytest.mark.parametrize(("cluster", "options"), MEGATRON)
 def test_a_gpt_block_on_a_model_axis_is_megatrons(
-    cluster: str, options: dict[str, int], golden: Golden
+    cluster: str, options: dict[str, int], printed: Golden
 ) -> None:
     """Column- then row-split, heads apart, one pair of collectives for each of the two halves."""
     plan = planned(zoo.gpt_block, cluster, "model=8", batch=1, sequence=2048, **options)
@@ -106,13 +112,13 @@ def test_a_gpt_block_on_a_model_axis_is_megatrons(
     assert kinds == ["all_gather", "reduce_scatter"] * 2
     assert dims(plan, "x") == (1,)
     assert beats_every_expert(plan)
-    golden(f"expert_megatron_{cluster.split(':')[0]}", report(plan.data))
+    printed(f"expert_megatron_{cluster.split(':')[0]}", report(plan.data))
 
 
 # Dense networks.
 
 
-def test_a_small_network_and_a_large_batch_is_data_parallel(golden: Golden) -> None:
+def test_a_small_network_and_a_large_batch_is_data_parallel(printed: Golden) -> None:
     plan = planned(zoo.mlp, "h100:8", batch=65536)
     assert plan.mesh == {"data": 8}
     arguments = plan.data.arguments
@@ -123,10 +129,10 @@ def test_a_small_network_and_a_large_batch_is_data_parallel(golden: Golden) -> N
     dp = next(a for a in plan.alternatives if a.solver == "dp")
     assert dp.cost is not None
     assert plan.cost.step_time == pytest.approx(dp.cost.step_time)
-    golden("expert_data_parallel", report(plan.data))
+    printed("expert_data_parallel", report(plan.data))
 
 
-def test_where_memory_binds_the_state_is_split(golden: Golden) -> None:
+def test_where_memory_binds_the_state_is_split(printed: Golden) -> None:
     """FSDP (ZeRO-3, arXiv 1910.02054): weights gathered for use, gradients reduce-scattered."""
     job = {"width": 4096, "layers": 8, "batch": 65536}
     plan = planned(zoo.mlp, "h100:8", memory_limit=3 * GIB, **job)
@@ -141,13 +147,13 @@ def test_where_memory_binds_the_state_is_split(golden: Golden) -> None:
     assert {m.kind for m in moves} == {"all_gather", "reduce_scatter"}
     assert all("['w']" in m.value for m in moves if m.kind == "all_gather"), "weights only"
     assert sum(m.kind == "reduce_scatter" for m in moves) == 8, "one for each weight's gradient"
-    golden("expert_fsdp", report(plan.data))
+    printed("expert_fsdp", report(plan.data))
 
 
 # Embeddings.
 
 
-def test_a_recommenders_long_tables_are_split_and_vectors_change_sides(golden: Golden) -> None:
+def test_a_recommenders_long_tables_are_split_and_vectors_change_sides(printed: Golden) -> None:
     """Columns of every long table apart, and the vectors found to the batch by all-to-all."""
     plan = planned(zoo.dlrm, "h100:8", "data=8")
     tables = [t for t in plan.data.arguments if "params']['tables" in t.name]
@@ -155,7 +161,7 @@ def test_a_recommenders_long_tables_are_split_and_vectors_change_sides(golden: G
     kinds = {m.kind for m in large(plan.ops, 4 * MIB) if "27,64" in m.value}
     assert kinds == {"all_to_all"}, "found vectors go to their samples, as in DLRM"
     assert beats_every_expert(plan)
-    golden("expert_recommender", report(plan.data))
+    printed("expert_recommender", report(plan.data))
 
 
 def test_tables_too_narrow_for_columns_are_split_by_rows() -> None:
@@ -195,7 +201,7 @@ def test_stacked_tables_are_split_by_table() -> None:
 # Experts.
 
 
-def test_experts_lie_apart_and_tokens_come_by_all_to_all(golden: Golden) -> None:
+def test_experts_lie_apart_and_tokens_come_by_all_to_all(printed: Golden) -> None:
     """GShard (arXiv 2006.16668): to the experts and back, forward and backward."""
     plan = planned(zoo.moe_layer, "h100:8", "data=8")
     assert {name: dims(plan, name) for name in ("w1", "w2", "router", "x")} == {
@@ -203,13 +209,13 @@ def test_experts_lie_apart_and_tokens_come_by_all_to_all(golden: Golden) -> None
     }  # fmt: skip
     assert [m.kind for m in large(plan.ops)] == ["all_to_all"] * 4
     assert beats_every_expert(plan)
-    golden("expert_experts", report(plan.data))
+    printed("expert_experts", report(plan.data))
 
 
 # Long sequences.
 
 
-def test_a_long_sequence_is_split_but_for_its_heads_in_attention(golden: Golden) -> None:
+def test_a_long_sequence_is_split_but_for_its_heads_in_attention(printed: Golden) -> None:
     """DeepSpeed-Ulysses (arXiv 2309.14509): all-to-all from sequence to heads and back."""
     plan = planned(zoo.long_attention, "h100:8", "seq=8", sequence=32768, width=1024, heads=16)
     assert dims(plan, "x") == (1,)
@@ -220,12 +226,12 @@ def test_a_long_sequence_is_split_but_for_its_heads_in_attention(golden: Golden)
     activations = [m for m in large(forward) if "32768" in m.value]
     assert [m.kind for m in activations] == ["all_to_all"] * 4
     assert beats_every_expert(plan)
-    golden("expert_ulysses", report(plan.data))
+    printed("expert_ulysses", report(plan.data))
 
 
 @pytest.mark.parametrize("cluster", ["h100:8", "tpu-v5e:2x4"])
 def test_a_video_transformer_switches_dims_between_space_and_time(
-    cluster: str, golden: Golden
+    cluster: str, printed: Golden
 ) -> None:
     """DSP (arXiv 2403.10266): frames apart in space, patches in time, an all-to-all at a switch."""
     plan = planned(zoo.video_transformer, cluster, "seq=8")
@@ -239,13 +245,13 @@ def test_a_video_transformer_switches_dims_between_space_and_time(
     moved = [op for op in plan.ops for m in op.collectives if m.kind == "all_to_all"]
     assert {op.name for op in moved} == {"transpose"}
     assert beats_every_expert(plan)
-    golden(f"expert_video_{cluster.split(':')[0]}", report(plan.data))
+    printed(f"expert_video_{cluster.split(':')[0]}", report(plan.data))
 
 
 # The whole of a large model.
 
 
-def test_gpt_1p3b_on_sixteen_small_chips_splits_its_state(golden: Golden) -> None:
+def test_gpt_1p3b_on_sixteen_small_chips_splits_its_state(printed: Golden) -> None:
     plan = planned(zoo.gpt_1p3b, "tpu-v5e:4x4")
     assert plan.cost.peak_memory <= plan.data.memory_limit
     assert all(
@@ -254,7 +260,7 @@ def test_gpt_1p3b_on_sixteen_small_chips_splits_its_state(golden: Golden) -> Non
         if t.nbytes > 8 * MIB
     )
     assert beats_every_expert(plan)
-    golden("expert_gpt_1p3b", report(plan.data))
+    printed("expert_gpt_1p3b", report(plan.data))
 
 
 @pytest.mark.slow
