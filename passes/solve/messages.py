@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from passes.solve.buckets import Table
 from passes.solve.chains import chain_order
 from passes.solve.problem import Costs
+from passes.solve.tables import Picks
 
 _Link = tuple[int, Costs, Costs, Costs]  # neighbour, table, message from it, message to it
 
@@ -99,3 +101,14 @@ class Messages:
         lows = np.minimum.reduceat(self.flat, self.starts[:-1])
         above: Costs = self.flat - np.repeat(lows, self.sizes)
         return above
+
+    def rest(self, keep: Sequence[Picks]) -> tuple[list[Costs], list[Table]]:
+        """The same sum of costs after all messages, for these choices: per node, and per edge."""
+        tables: list[Table] = []
+        for v, around in enumerate(self._links):
+            for u, table in around.items():
+                if v < u:
+                    rows, columns = keep[v], keep[u]
+                    left = table[rows[:, None], columns] - self._message[v, u][columns]
+                    tables.append(((v, u), left - self._message[u, v][rows][:, None]))
+        return [b[k] for b, k in zip(self.belief, keep, strict=True)], tables

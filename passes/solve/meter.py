@@ -90,6 +90,10 @@ class Meter:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise Stop("time")
 
+    def work_left(self) -> float:
+        """Units until the search must stop."""
+        return max(0.01, (_MOST_WORK if self._budget is None else self._budget) - self.work)
+
     def seconds_left(self) -> float | None:
         """Until the time limit, None without one."""
         return None if self._deadline is None else max(0.01, self._deadline - time.monotonic())

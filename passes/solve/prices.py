@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from passes.solve.buckets import lower_bound
 from passes.solve.memory import Indices
 from passes.solve.messages import Messages
 from passes.solve.problem import Costs
@@ -49,6 +50,7 @@ class PricedCore:
         self.bound = -np.inf
         self.work = 0.0
         self._plain = self.messages.flat.copy()
+        self._kept: int | None = None
         self._priced = self._plain
         self._step = 2e-6 * len(self.messages.sizes)
         for around in core.links:
@@ -72,21 +74,42 @@ class PricedCore:
         for _ in range(times):
             self.messages.sweep()
             self.work += self._step
-        return self._raise(self.messages.bound + self.offset)
+        return self._raise(self.messages.bound + self.offset - self._doubt)
 
     def visit(self, budget: Budget, upper: float = np.inf) -> Visit:
         """The best choice within the budget, after a sweep. upper: a priced cost already met."""
-        before = self.messages.before + self.offset
-        tau = max(0.0, upper - before) if upper < np.inf else np.inf
+        before = self.before()
         found = best_within(
-            self._parts(self._priced), self.core.links, self.messages.reduced(), tau, budget
+            self._parts(self._priced),
+            self.core.links,
+            self.messages.reduced(),
+            max(0.0, upper - before) if upper < np.inf else np.inf,
+            budget,
+            self._kept,
         )
-        self.work += found.work * 4e-9 + 1e-4 * len(self.core.names)
+        self._kept = found.kept
+        self.work += found.work * 4e-9 + 5e-5 * len(self.core.names)
         value = found.value + self.offset
         exact = found.tau >= value - before
         if found.tau >= 0:
-            self._raise(min(value, before + found.tau))
+            self._raise(min(value - (self._doubt if self.prices.any() else 0.0), before + found.tau))
         return Visit(found.choice, value, exact)
+
+    def tighten(self, upper: float, cap: float) -> None:
+        """Raise the bound by mini-buckets with tables up to the cap. upper: a priced cost met here.
+
+        Choices whose reduced cost takes them above it are not in the best one.
+        """
+        keep = self.within(max(0.0, upper - self.before()) + self._doubt)
+        unary, tables = self.messages.rest(keep)
+        found = lower_bound([len(k) for k in keep], unary, tables, cap)
+        self.work += found.work * 4e-9 + 5e-5 * len(keep) + 1e-5 * len(tables)
+        self._raise(min(upper, found.bound + self.offset - self._doubt))
+
+    @property
+    def _doubt(self) -> float:
+        """More than what rounding can add up to."""
+        return 1e-12 * (abs(self.messages.bound) + abs(self.offset))
 
     def _raise(self, bound: float) -> float:
         if bound > self.bound:
@@ -103,7 +126,7 @@ class PricedCore:
 
     def before(self) -> float:
         """The bound that reduced costs count from, at the present prices."""
-        return self.messages.before + self.offset
+        return self.messages.before + self.offset - self._doubt
 
     def tau_for(self, pairs: float, tau: float) -> float:
         """The largest tau up to the given one that leaves at most so many pairs more than edges."""

@@ -25,7 +25,8 @@ from passes.solve.problem import Costs
 from passes.solve.tables import Picks
 
 Links = Sequence[Mapping[int, Costs]]
-_TRIES = 7
+# How much to widen or narrow the choices after one try, and how often.
+_STEP, _TRIES = 1.25, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,48 +39,59 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A choice per node, its value, the tau up to which all choices were looked at, work spent."""
+    """A choice per node, its value, the tau up to which all choices were looked at, work spent.
+
+    kept: how many choices that left; a good place for the next search to begin.
+    """
 
     choice: Indices
     value: float
     tau: float
     work: float
+    kept: int
 
 
 def best_within(
-    unary: Sequence[Costs], links: Links, reduced: Costs, tau: float, budget: Budget
+    unary: Sequence[Costs],
+    links: Links,
+    reduced: Costs,
+    tau: float,
+    budget: Budget,
+    kept: int | None = None,
 ) -> Found:
     """The best choice with all reduced costs at most tau, or at most a smaller tau that fits."""
     starts = np.cumsum([0, *(len(u) for u in unary)])
-    parts = [reduced[a:b] for a, b in itertools.pairwise(starts)]
-    keep = [np.flatnonzero(r <= tau) for r in parts]
-    order = _plan(keep, links, budget)
-    if order is None:
-        tau, keep, order = _smaller(parts, links, tau, budget)
-    value, choice = _eliminate(unary, links, keep, order)
-    return Found(choice, value, tau, order.work)
-
-
-def _smaller(
-    parts: Sequence[Costs], links: Links, tau: float, budget: Budget
-) -> tuple[float, list[Picks], Order]:
-    """The largest tau found that fits, by bisection over how many choices it keeps."""
-    levels = np.sort(np.concatenate([r[r <= tau] for r in parts]))
+    levels = np.sort(reduced[reduced <= tau])
     # One choice per node always fits; among equals the first.
-    best_keep = [np.array([int(r.argmin())]) for r in parts]
-    best = -1.0, best_keep, _plan(best_keep, links, budget)
-    low, high = len(parts), len(levels)
-    for _ in range(_TRIES):
-        middle = int((low * high) ** 0.5)
-        level = float(levels[min(middle, len(levels) - 1)])
-        keep = [np.flatnonzero(r <= level) for r in parts]
-        order = _plan(keep, links, budget)
-        if order is None:
+    keep = [np.array([int(reduced[a:b].argmin())]) for a, b in itertools.pairwise(starts)]
+    best, order, size = -1.0, _plan(keep, links, budget), len(keep)
+    low, high = len(keep), len(levels) + 1  # of choices kept: fits, does not
+    middle = len(levels) if kept is None or kept * _STEP >= len(levels) else kept
+    for _ in range(2 * _TRIES if kept is None else _TRIES):
+        if not low < middle < high:
+            break
+        level = tau if middle == len(levels) else float(levels[middle - 1])
+        tried, plan = _at(reduced, starts, level, links, budget)
+        if plan is None:
             high = middle
+            middle = int(min(middle / _STEP, (low * high) ** 0.5) if kept else (low * high) ** 0.5)
         else:
-            low, best = middle, (level, keep, order)
-    assert best[2] is not None, "one choice per node needs no table"
-    return best[0], best[1], best[2]
+            best, keep, order, size = level, tried, plan, middle
+            low = middle
+            middle = int(min(middle * _STEP, len(levels)) if kept else (low * high) ** 0.5)
+    assert order is not None, "one choice per node needs no table"
+    value, choice = _eliminate(unary, links, keep, order)
+    return Found(choice, value, best, order.work, size)
+
+
+def _at(
+    reduced: Costs, starts: Indices, tau: float, links: Links, budget: Budget
+) -> tuple[list[Picks], Order | None]:
+    """The choices kept at this tau, and an order for them if it fits."""
+    kept = np.flatnonzero(reduced <= tau)
+    ends = np.searchsorted(kept, starts)
+    keep = [kept[a:b] - s for (a, b), s in zip(itertools.pairwise(ends), starts, strict=False)]
+    return keep, _plan(keep, links, budget)
 
 
 def _plan(keep: Sequence[Picks], links: Links, budget: Budget) -> Order | None:

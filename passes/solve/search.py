@@ -20,7 +20,7 @@ from passes.solve.cuts import Cut, best_prices
 from passes.solve.exact import best_choice
 from passes.solve.meter import Meter, Stop
 from passes.solve.presolve import reduce_again
-from passes.solve.prices import PricedCore, union
+from passes.solve.prices import PricedCore, Visit, union
 from passes.solve.problem import Costs
 from passes.solve.reduction import Core, Infeasible
 from passes.solve.restrict import Budget
@@ -29,7 +29,11 @@ from passes.solve.tables import Picks, Pool
 _STEPS = 40  # price changes in a climb at most
 _PAIRS = 2000.0, 60000.0  # more than edges, in the first exact finish and the last
 _LOOK = Budget(4e6, 1e6)
-_LOOK_HARD = Budget(1e8, 4e6)
+_LOOK_HARD = Budget(5e7, 4e6)
+# Caps of mini-bucket tables, one a look. Which one cuts the buckets at harmless places is luck, and
+# the same luck in every repeated layer: trying several is cheap.
+_CAPS = (1e4, 1e5, 2e4, 3e5, 7e3, 1e6)
+_NEAR = 4000.0  # pairs of the first neighbourhood
 
 
 class Search:
@@ -73,36 +77,52 @@ class Search:
     # -- climb -----------------------------------------------------------------------------------
 
     def climb(self, priced: PricedCore) -> bool:
-        """Raise the bound by messages and prices; False when a new row calls for a new round."""
+        """Raise the bound by prices and messages; False when a new row calls for a new round."""
         at = np.searchsorted(self.core.times, priced.core.times)
-        prices, promise = self.new_prices()
+        prices, _ = self.new_prices()
         priced.set_prices(prices[at])
-        stale, lowest = 0, np.inf
         for step in range(_STEPS):
-            last, spent = priced.bound, priced.work
+            spent = priced.work
             priced.sweep(4 if step == 0 else 3)
-            visit = priced.visit(_LOOK if step < 4 else _LOOK_HARD, lowest)
-            self.visited = [*self.visited[-3:], visit.choice]
-            self.meet(priced.core.expand(visit.choice))
-            self.learn(priced.bound)
+            visit = self.look(priced, _LOOK, np.inf)
             self.spend(priced.work - spent)
             old, (prices, promise) = prices, self.new_prices()
             if self.add_rows(np.flatnonzero(prices)):
                 return False
-            if np.array_equal(old, prices):
-                lowest = min(lowest, visit.value)
-                if visit.exact:
-                    break
-            else:
-                lowest = np.inf
-                priced.set_prices(self.between(priced.best_prices, prices[at]))
-            stale = stale + 1 if priced.bound - last <= 1e-5 * abs(priced.bound) else 0
-            if stale >= 3 or promise - priced.bound <= 0.02 * self.meter.room:
+            left = self.meter.cost - visit.value
+            if np.array_equal(old, prices) or promise - visit.value <= 0.02 * left:
                 if self.meter.cost < np.inf or promise < 0.9 * self.guess:
-                    break
+                    self.certify(priced, visit.value)
+                    return True
                 self.raise_guess()
+                prices, _ = self.new_prices()
+            priced.set_prices(self.between(priced.best_prices, prices[at]))
         priced.set_prices(priced.best_prices)
         return True
+
+    def look(self, priced: PricedCore, budget: Budget, upper: float) -> Visit:
+        """Find a good choice at the present prices, and take note of it."""
+        visit = priced.visit(budget, upper)
+        self.visited = [*self.visited[-3:], visit.choice]
+        self.meet(priced.core.expand(visit.choice))
+        self.learn(priced.bound)
+        return visit
+
+    def certify(self, priced: PricedCore, value: float) -> None:
+        """Raise the bound at the present prices towards the least priced cost met, `value`."""
+        for step in range(_STEPS):
+            spent, before = priced.work, priced.bound
+            priced.tighten(value, _CAPS[step % len(_CAPS)])
+            self.learn(priced.bound)
+            gap = value - priced.bound
+            if gap <= max(0.1 * (self.meter.cost - value), 1e-9 * abs(value)):
+                return
+            priced.sweep(4)
+            visit = self.look(priced, _LOOK if step < 3 else _LOOK_HARD, value)
+            value = min(value, visit.value)
+            self.spend(priced.work - spent)
+            if visit.exact or (step > len(_CAPS) and priced.bound - before <= 0.05 * gap):
+                return
 
     def between(self, best: Costs, new: Costs) -> Costs:
         """Where to look next: with several prices, half-way from the best ones to the new."""
@@ -156,8 +176,7 @@ class Search:
     def close(self, priced: PricedCore, pairs: float) -> bool:
         """An exact answer for the most promising choices; False when a new row needs a round."""
         core, spent = priced.core, priced.work
-        for _ in range(4):
-            priced.sweep(2)
+        priced.sweep(2)
         self.learn(priced.bound)
         self.spend(priced.work - spent)
         before = priced.before()
@@ -181,6 +200,7 @@ class Search:
         hint = small.place(self.meter.choice) if self.meter.choice else None
         if hint is not None and (hint < 0).any():
             hint = None
+        work = min(work, self.meter.work_left())
         found = best_choice(
             small, hint=hint, upper=self.meter.cost, work=work, seconds=self.meter.seconds_left()
         )
@@ -195,7 +215,35 @@ class Search:
 
     def improve(self) -> None:
         """Free a neighbourhood of the best choice, fix the rest, solve exactly; until stopped."""
+        random = np.random.default_rng(1)
+        pairs = _NEAR
+        while self.meter.choice:
+            now = self.core.place(self.meter.choice)
+            if (now < 0).any():
+                break  # a start with choices that presolve has dropped
+            keep = self.around(int(random.integers(len(now))), now, pairs)
+            before = self.meter.cost
+            answer, _ = self.exactly(self.core, keep, pairs / 2000)
+            self.spend(1e-4 * len(now))
+            # Small neighbourhoods that are solved to the end and hold nothing new may grow.
+            if self.meter.cost == before:
+                pairs *= 1.05 if answer >= before else 0.8
         raise Stop("work")
+
+    def around(self, start: int, now: Picks, pairs: float) -> list[Picks]:
+        """All choices near a node, until the free edges have so many pairs; elsewhere the present."""
+        keep = [np.array([c]) for c in now]
+        sizes, links = self.core.sizes, self.core.links
+        queue, seen, count = [start], {start}, 0.0
+        for v in queue:
+            count += sum(sizes[v] * len(keep[u]) for u in links[v])
+            if count > pairs and v != start:
+                break
+            keep[v] = np.arange(sizes[v])
+            new = [u for u in links[v] if u not in seen]
+            seen.update(new)
+            queue += new
+        return keep
 
 
 def _most(costs: Costs) -> float:
