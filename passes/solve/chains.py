@@ -12,7 +12,7 @@ two middle ones of its neighbours where that raises the sum of shares; the bette
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 _PASSES = 6
 
@@ -66,7 +66,12 @@ def _balance(links: Sequence[Collection[int]], order: Sequence[int]) -> tuple[fl
     )
 
 
-def _move(v: int, links: Sequence[Collection[int]], place: list[float], share) -> bool:  # type: ignore[no-untyped-def]
+def _move(
+    v: int,
+    links: Sequence[Collection[int]],
+    place: list[float],
+    share: Callable[[int], float],
+) -> bool:
     """Try the places between the middle neighbours of v; whether one was better."""
     around = sorted(place[u] for u in links[v])
     half = len(around) // 2

@@ -13,10 +13,11 @@ together (`search`), and what comes out is checked against the problem as it was
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from passes.solve.memory import find_shortage
+from passes.solve.memory import find_shortage, least_at
 from passes.solve.meter import Meter, Progress, Stop
 from passes.solve.presolve import presolve
 from passes.solve.problem import INFINITY, Problem, ProblemError, Shortage, Solution, check
@@ -87,7 +88,13 @@ def _shortage(problem: Problem, core: Core) -> Shortage | None:
         [float(use.usages[node.costs < INFINITY].min(initial=np.inf)) for use in node.uses]
         for node in problem.nodes
     ]
-    return find_shortage(problem, smallest)
+    found = find_shortage(problem, smallest)
+    if found is None and (core.slack < 0).any():
+        # Choices that exclude one another leave no small enough combination.
+        row = int(core.slack.argmin())
+        least = least_at(problem, smallest, int(core.times[row]))
+        found = replace(least, needed=least.limit - float(core.slack[row]))
+    return found
 
 
 def _check_start(problem: Problem, start: Sequence[int]) -> None:

@@ -118,11 +118,16 @@ def find_shortage(problem: Problem, smallest: Sequence[Sequence[float]]) -> Shor
     memory = np.cumsum(change)[:steps]
     if memory.max(initial=0.0) <= problem.limit:
         return None
-    time = int(memory.argmax())
+    return least_at(problem, smallest, int(memory.argmax()))
+
+
+def least_at(problem: Problem, smallest: Sequence[Sequence[float]], time: int) -> Shortage:
+    """Who holds how much at a time when each use takes its smallest size."""
     held = [
         sum(n for use, n in zip(node.uses, least, strict=True) if use.begin <= time < use.end)
         for node, least in zip(problem.nodes, smallest, strict=True)
     ]
     nodes = sorted((v for v, n in enumerate(held) if n > 0), key=lambda v: (-held[v], v))
     sizes = tuple(float(held[v]) for v in nodes)
-    return Shortage(time, float(memory[time]), float(problem.limit), tuple(nodes), sizes)
+    assert problem.limit is not None, "nothing is short without a limit"
+    return Shortage(time, float(sum(held)), float(problem.limit), tuple(nodes), sizes)

@@ -92,7 +92,8 @@ class PricedCore:
         value = found.value + self.offset
         exact = found.tau >= value - before
         if found.tau >= 0:
-            self._raise(min(value - (self._doubt if self.prices.any() else 0.0), before + found.tau))
+            doubt = self._doubt if self.prices.any() else 0.0  # sums of whole numbers are exact
+            self._raise(min(value - doubt, before + found.tau))
         return Visit(found.choice, value, exact)
 
     def tighten(self, upper: float, cap: float) -> None:

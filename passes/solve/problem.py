@@ -98,8 +98,9 @@ class Problem:
 class Shortage:
     """Why nothing fits: at one time step even the smallest choices together are too large.
 
-    needed: bytes in use at `time` when every node takes its smallest choice. nodes: the nodes
-    alive then, the largest first; smallest: the bytes of each.
+    needed: the fewest bytes that all choices together can be made to take at `time`. nodes: those
+    alive then, the largest first; smallest: the bytes of each in its smallest choice (choices that
+    exclude one another may need more than the sum).
     """
 
     time: int
@@ -122,7 +123,7 @@ class Solution:
     cost infinite) or "unknown" (nothing feasible found within the budget, nothing proven).
     work: deterministic units of effort spent, for reports. shortage: of an infeasible problem,
     where memory falls short, when that is the reason. stopped: what ended the search, "proven",
-    "good" (gap small enough), "work", "time" or "interrupt".
+    "good" (gap small enough), "work" or "time".
     """
 
     choice: tuple[int, ...]

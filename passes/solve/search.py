@@ -192,7 +192,7 @@ class Search:
     def exactly(self, core: Core, keep: list[Picks], work: float) -> tuple[float, Cut | None]:
         """The bound of a restricted core (inf when nothing in it fits), and what was found."""
         try:
-            small = reduce_again(core, keep, self.pool)
+            small = reduce_again(core, keep, Pool())  # a pool of its own: its arrays are not kept
         except Infeasible:
             return np.inf, None
         if (small.slack < 0).any():
@@ -231,7 +231,7 @@ class Search:
         raise Stop("work")
 
     def around(self, start: int, now: Picks, pairs: float) -> list[Picks]:
-        """All choices near a node, until the free edges have so many pairs; elsewhere the present."""
+        """All choices near a node, up to so many pairs on the edges; elsewhere the present one."""
         keep = [np.array([c]) for c in now]
         sizes, links = self.core.sizes, self.core.links
         queue, seen, count = [start], {start}, 0.0
