@@ -133,7 +133,7 @@ class Plan:
         mesh = self._device_mesh(devices)
         jitted = self._jitted(traced, mesh)
         platform = mesh.devices.flat[0].platform
-        staged = jitted.trace(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced.in_avals))
+        staged = jitted.trace(*map(_shape, traced.in_avals))
         lowered: jax.stages.Lowered = staged.lower(lowering_platforms=(platform,))
         return lowered
 
@@ -205,6 +205,11 @@ class Plan:
             ],
             donate_argnums=tuple(i for i, d in enumerate(traced.donated) if d),
         )
+
+
+def _shape(aval: Any) -> jax.ShapeDtypeStruct:
+    weak = bool(getattr(aval, "weak_type", False))
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
 
 def _place(x: Any, sharding: Any, aval: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts
@@ -24,6 +25,10 @@ from passes.ir.sharding import PARTIAL
 
 # The user's own constraints became hints, and may name a mesh that is not the plan's.
 _DROPPED = frozenset({"sharding_constraint", "reshard", "mesh_cast"})
+
+# Where a slice would not fit, it starts earlier. XLA's partitioner forgets this when it splits the
+# dim that is cut (seen with jax 0.10.2: a wrong slice), so the start is made to fit here.
+_CLAMPED = frozenset({"dynamic_slice", "dynamic_update_slice"})
 
 
 def constrained(traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> Any:
@@ -123,6 +128,8 @@ class _Emitter:
         if op is None:  # dead code: computed as it stands, and dropped by XLA
             return operands if name in _DROPPED else bind(eqn, operands)
         operands = self.wanted(op, operands)
+        if name in _CLAMPED:
+            operands = _within(eqn, operands)
         outs = operands[:1] if name in _DROPPED else bind(eqn, operands)
         return self.made(op, outs)
 
@@ -219,3 +226,18 @@ class _Emitter:
     def branch_out(self, path: Path, branch: int, x: Any) -> Any:
         op = self.ops.get(path)
         return x if op is None else self.operand(op, branch, x)
+
+
+def _within(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """The operands of a dynamic slice or update with starts for which it fits into its array."""
+    arrays = 1 if eqn.primitive.name == "dynamic_slice" else 2
+    whole, part = (v.aval.shape for v in (eqn.invars[0], [*eqn.outvars, eqn.invars[1]][arrays - 1]))
+    out = list(operands)
+    for k, (size, length) in enumerate(zip(whole, part, strict=True), arrays):
+        start = operands[k]
+        if not isinstance(start, jax.core.Tracer) and 0 <= start <= size - length:
+            continue
+        dtype = np.dtype(eqn.invars[k].aval.dtype)
+        last = min(size - length, np.iinfo(dtype).max)
+        out[k] = lax.clamp(dtype.type(0), jnp.asarray(start, dtype), dtype.type(last))
+    return out

@@ -9,7 +9,7 @@ decisions of their own. So a chain of forty elementwise operations in an optimiz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from passes.ir.graph import Graph, Hint, Op
@@ -198,6 +198,8 @@ class _Forest:
         self.partial = partial
         self.parent = list(range(len(graph.values)))
         self.map: list[DimMap] = [tuple(range(len(v.shape))) for v in graph.values]
+        # Per root the dims that all its members have: only these may be split.
+        self.common = [frozenset(m) for m in self.map]
         self.hints: dict[int, list[Hint]] = {}
         for h in hints:
             self.hints.setdefault(h.value, []).append(h)
@@ -228,16 +230,27 @@ class _Forest:
             of_b[mapping[inverse[d]]] if d in inverse and mapping[inverse[d]] >= 0 else -1
             for d in range(len(self.graph.values[root_a].shape))
         )
+        common = self.common[root_b] & {new[d] for d in self.common[root_a]}
+        if self.forbids(root_a, {d for d, e in enumerate(new) if e in common}) or self.forbids(
+            root_b, common
+        ):
+            return
         moved = [
             Hint(root_b, _moved(h.dims, new, len(self.graph.values[root_b].shape)), h.origin)
             for h in self.hints.get(root_a, ())
         ]
         here = self.hints.get(root_b, [])
-        if moved and here and moved[0].dims != here[0].dims:
-            return  # two hints that differ: each keeps its own decision
+        if moved and here and _together(moved) != _together(here):
+            return  # hints that differ: each keeps its own decision
         if root_a in self.hints:
             self.hints.setdefault(root_b, []).extend(moved)
         self.parent[root_a], self.map[root_a] = root_b, new
+        self.common[root_b] = common
+
+    def forbids(self, root: int, common: Set[int]) -> bool:
+        """Whether a hint wants to split a dim of this root that is not among these."""
+        hints = self.hints.get(root, ())
+        return any(axes and d not in common for h in hints for d, axes in enumerate(h.dims))
 
     def groups(self) -> tuple[tuple[Group, ...], tuple[int, ...]]:
         members: dict[int, dict[int, DimMap]] = {}
@@ -247,19 +260,24 @@ class _Forest:
         groups: list[Group] = []
         group_of = [0] * len(self.parent)
         for root, found in members.items():
-            rank = len(self.graph.values[root].shape)
-            common = set(range(rank))
-            for mapping in found.values():
-                common &= set(mapping)
+            rank, common = len(self.graph.values[root].shape), self.common[root]
             shape = tuple(
                 n if d in common else 1 for d, n in enumerate(self.graph.values[root].shape)
             )
             hints = tuple(self.hints.get(root, ()))
-            fixed = hints[0].dims if hints else (None,) * rank
+            fixed = _together(hints) if hints else (None,) * rank
             for v in found:
                 group_of[v] = len(groups)
             groups.append(Group(len(groups), shape, found, self.partial[root], fixed, hints))
         return tuple(groups), tuple(group_of)
+
+
+def _together(hints: Sequence[Hint]) -> tuple[tuple[str, ...] | None, ...]:
+    """What several hints ask of one value: per dim the first that does not leave it open."""
+    return tuple(
+        next((e for e in dim if e is not None), None)
+        for dim in zip(*(h.dims for h in hints), strict=True)
+    )
 
 
 def _moved(

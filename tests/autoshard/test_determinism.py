@@ -1,0 +1,75 @@
+"""The same function, shapes, cluster and options give the same plan, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# Plans with dictionaries, sets of ties and hints, donation, a search over meshes, and a loop.
+SCRIPT = """
+import hashlib, sys
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import autoshard
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+def step(state, batch):
+    def loss(params):
+        def layer(x, w):
+            return jnp.tanh(x @ w["in"]) @ w["out"], x.mean()
+        x, seen = jax.lax.scan(layer, params["table"][batch["ids"]], params["layers"])
+        return jnp.mean((x - batch["y"]) ** 2) + seen.sum()
+    value, grads = jax.value_and_grad(loss)(state["params"])
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state["momentum"], grads)
+    params = jax.tree.map(lambda p, m: p - 0.1 * m, state["params"], momentum)
+    return {"params": params, "momentum": momentum}, value
+
+params = {
+    "table": shape(1024, 256),
+    "layers": {"in": shape(3, 256, 512), "out": shape(3, 512, 256)},
+}
+args = {"params": params, "momentum": params}, {
+    "ids": shape(64, dtype=jnp.int32), "y": shape(64, 256)}
+
+def plans():
+    yield autoshard.plan(step, *args, cluster="h100:8", donate_argnums=0)
+    yield autoshard.plan(step, *args, cluster="cpu:8", hints={"batch/*": P("data")},
+                         mesh={"data": 4, "model": 2}, memory_limit="8MiB")
+    for solver in ("propagate", "fsdp+tp"):
+        yield autoshard.plan(step, *args, cluster="tpu-v5e:2x4", solver=solver)
+
+for plan in plans():
+    print(hashlib.sha256(plan.to_json().encode()).hexdigest())
+"""
+
+
+def hashes(seed: str) -> list[str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_two_processes_with_different_hash_seeds() -> None:
+    first = hashes("1")
+    assert len(set(first)) == 4
+    assert hashes("2") == first
+
+
+def test_two_runs_in_one_process() -> None:
+    scope: dict[str, object] = {"__name__": "planned"}
+    exec(compile(SCRIPT, "planned.py", "exec"), scope)
+    once, twice = ([p.to_json() for p in scope["plans"]()] for _ in range(2))  # type: ignore[operator]
+    assert once == twice
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in once]
+    assert len(set(digests)) == 4
