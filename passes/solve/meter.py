@@ -105,14 +105,11 @@ class Meter:
 
     def _settle(self) -> None:
         """Tell the progress; stop when nothing better can exist."""
-        # Whole costs differ by at least one.
-        step = 1.0 if self._whole else 1e-9 * abs(self.cost)
-        if (
-            self.bound >= self.cost
-            or (self._whole and self.bound > self.cost - step)
-            or (not self._whole and self.room <= step)
-        ):
-            self.bound = self.cost
+        if np.isfinite(self.cost):
+            # Whole costs differ by at least one.
+            near = self.room < 1.0 if self._whole else self.room <= 1e-9 * abs(self.cost)
+            if near:
+                self.bound = self.cost
         self._progress(Progress(self.cost, self.bound, self.work))
         if self.bound >= self.cost:
             raise Stop("proven")

@@ -1,7 +1,7 @@
 """What do our problems look like?  Made-up ones to try a solver on: tiny ones and transformers.
 
-`random_problem` makes small problems that brute force can solve, with forbidden pairs, duplicate
-edges and memory limits that bind. `transformer` writes down the train step of a transformer as
+`random_problem` and `knotty_problem` make small problems that brute force can solve, with forbidden
+pairs, duplicate edges and memory limits that bind. `transformer` writes down the train step of a transformer as
 einsums, and makes of it the problem that autoshard would: one node per operation whose choices
 assign each mesh axis to an index letter, edges that price the resharding, and memory over the
 live intervals. Repeated layers share their cost arrays.
@@ -54,6 +54,37 @@ def random_problem(seed: int, *, limit: bool = True, forbidden: float = 0.2) -> 
     return Problem(
         problem.name, problem.nodes, problem.edges, float(rng.integers(0, int(least) + 10))
     )
+
+
+def knotty_problem(seed: int, *, whole: bool = True) -> Problem:
+    """Six nodes, most pairs joined, memory that differs by choice and time: nothing to presolve.
+
+    whole: costs are whole numbers. The limit lies between the least and the largest peak of a few
+    random choices, and now and then below.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 5, 6)
+
+    def numbers(shape: tuple[int, ...]) -> Costs:
+        costs = rng.uniform(0, 100, shape)
+        return np.round(costs) if whole else costs
+
+    nodes = []
+    for n in sizes:
+        begins = sorted(int(b) for b in rng.integers(0, 6, 2))
+        uses = [Use(b, b + 2 + int(rng.integers(0, 4)), np.round(rng.uniform(0, 40, n))) for b in begins]
+        nodes.append(Node(numbers((int(n),)), tuple(uses)))
+    edges = []
+    for u in range(6):
+        for v in range(u + 1, 6):
+            if rng.random() < 0.6:
+                table = numbers((int(sizes[u]), int(sizes[v])))
+                table[rng.random(table.shape) < 0.1] = INFINITY
+                edges.append(Edge(u, v, table))
+    problem = Problem(f"knotty {seed}", tuple(nodes), tuple(edges))
+    peaks = [problem.memory(rng.integers(0, sizes).tolist()).max() for _ in range(6)]
+    limit = np.round(rng.uniform(0.7 * min(peaks), max(peaks)))
+    return Problem(problem.name, problem.nodes, problem.edges, float(limit))
 
 
 # A made-up accelerator: FLOP/s, memory bytes/s, and link bytes/s of the mesh axes, inner fastest.
