@@ -1,10 +1,10 @@
 """What do our problems look like?  Made-up ones to try a solver on: tiny ones and transformers.
 
 `random_problem` and `knotty_problem` make small problems that brute force can solve, with forbidden
-pairs, duplicate edges and memory limits that bind. `transformer` writes down the train step of a transformer as
-einsums, and makes of it the problem that autoshard would: one node per operation whose choices
-assign each mesh axis to an index letter, edges that price the resharding, and memory over the
-live intervals. Repeated layers share their cost arrays.
+pairs, duplicate edges and memory limits that bind. `transformer` writes down the train step of a
+transformer as einsums, and makes of it the problem that autoshard would: one node per operation
+whose choices assign each mesh axis to an index letter, edges that price the resharding, and memory
+over the live intervals. Repeated layers share their cost arrays.
 
 >>> transformer(layers=1).nodes[0].label
 'tokens'
@@ -72,7 +72,9 @@ def knotty_problem(seed: int, *, whole: bool = True) -> Problem:
     nodes = []
     for n in sizes:
         begins = sorted(int(b) for b in rng.integers(0, 6, 2))
-        uses = [Use(b, b + 2 + int(rng.integers(0, 4)), np.round(rng.uniform(0, 40, n))) for b in begins]
+        uses = [
+            Use(b, b + 2 + int(rng.integers(0, 4)), np.round(rng.uniform(0, 40, n))) for b in begins
+        ]
         nodes.append(Node(numbers((int(n),)), tuple(uses)))
     edges = []
     for u in range(6):

@@ -188,7 +188,9 @@ def test_best_prices_against_a_library(seed: int) -> None:
     # maximise z with z - g p <= c, in units of 1e9 and 1e8
     matrix = [[1.0, *(-c.over / 1e8)] for c in cuts]
     costs = [c.cost / 1e9 for c in cuts]
-    right = linprog([-1.0] + [0.0] * rows, matrix, costs, bounds=[(None, None)] + [(0, None)] * rows)
+    right = linprog(
+        [-1.0] + [0.0] * rows, matrix, costs, bounds=[(None, None)] + [(0, None)] * rows
+    )
     assert promise / 1e9 == pytest.approx(-right.fun, rel=1e-6)
 
 
@@ -226,7 +228,9 @@ def test_priced_bounds_hold_at_all_prices(seed: int) -> None:
 def test_the_exact_finish_is_exact(seed: int) -> None:
     for whole in (True, False):
         core = presolve(knotty_problem(seed, whole=whole), Pool())
-        right = min((c for c, over in all_choices(core) if over.max(initial=-1) <= 0), default=np.inf)
+        right = min(
+            (c for c, over in all_choices(core) if over.max(initial=-1) <= 0), default=np.inf
+        )
         found = best_choice(core, hint=None, upper=np.inf, work=20.0)
         assert found.bound == pytest.approx(right)
         assert found.bound <= right + 1e-9
