@@ -18,6 +18,7 @@ import numpy as np
 from autoshard.devices import cluster_here
 from autoshard.lower import constrained
 from autoshard.mesh import device_mesh, named_sharding, partition_spec
+from autoshard.placement import placed
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
 from cost_models.cluster import Cluster
@@ -153,10 +154,7 @@ class Plan:
                 raise TypeError(
                     f"the plan is for arguments of the form {traced.in_tree}, not {tree}"
                 )
-            placed = [
-                _place(x, s, a) for x, s, a in zip(flat, shardings, traced.in_avals, strict=True)
-            ]
-            return jax.tree.unflatten(traced.out_tree, compiled(*placed))
+            return jax.tree.unflatten(traced.out_tree, compiled(*placed(traced, flat, shardings)))
 
         return call
 
@@ -165,8 +163,7 @@ class Plan:
         traced = self._bound("place")
         shardings = self._in_named(self._device_mesh(devices))
         flat, tree = jax.tree.flatten((args, kwargs))
-        placed = [_place(x, s, a) for x, s, a in zip(flat, shardings, traced.in_avals, strict=True)]
-        out_args, out_kwargs = jax.tree.unflatten(tree, placed)
+        out_args, out_kwargs = jax.tree.unflatten(tree, placed(traced, flat, shardings))
         return (out_args, out_kwargs) if out_kwargs else out_args
 
     def __str__(self) -> str:
@@ -212,14 +209,6 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
 
-def _place(x: Any, sharding: Any, aval: Any) -> Any:
-    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
-        return x
-    if not isinstance(x, jax.Array):
-        x = np.asarray(x, dtype=aval.dtype)
-    return jax.device_put(x, sharding)
-
-
 def plan(
     fn: Callable[..., Any],
     *args: Any,
@@ -258,6 +247,8 @@ def _plan(
 ) -> Plan:
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
+    if hints is not None and not isinstance(hints, Mapping):
+        raise TypeError(f"hints is a mapping of globs to specs, not {type(hints).__name__}")
     hardware = _cluster(cluster)
     fixed = _mesh(mesh, hardware)
     traced = _traced(fn, args, kwargs, jit_options)
@@ -282,12 +273,16 @@ def _plan(
 def _cluster(spec: str | Cluster | None) -> Cluster:
     if spec is None:
         return cluster_here()
+    if not isinstance(spec, str | Cluster):
+        raise TypeError(f"cluster is text such as 'cpu:8', or a Cluster, not {spec!r}")
     return read_cluster(spec) if isinstance(spec, str) else spec
 
 
 def _mesh(mesh: Mapping[str, int] | None, cluster: Cluster) -> Mesh | None:
     if mesh is None:
         return None
+    if not isinstance(mesh, Mapping):
+        raise TypeError(f"mesh is a mapping such as {{'data': 4, 'model': 2}}, not {mesh!r}")
     out = Mesh.of(mesh)
     if out.devices != cluster.devices:
         raise ValueError(

@@ -273,11 +273,16 @@ class _Forest:
 
 
 def _together(hints: Sequence[Hint]) -> tuple[tuple[str, ...] | None, ...]:
-    """What several hints ask of one value: per dim the first that does not leave it open."""
-    return tuple(
-        next((e for e in dim if e is not None), None)
-        for dim in zip(*(h.dims for h in hints), strict=True)
-    )
+    """What several hints ask of one value: per dim the first that does not leave it open.
+
+    An axis splits one dim only; propagation names the hints that contradict each other.
+    """
+    out: list[tuple[str, ...] | None] = []
+    for dim in zip(*(h.dims for h in hints), strict=True):
+        wanted = next((e for e in dim if e is not None), None)
+        taken = {a for e in out for a in e or ()}
+        out.append(None if taken & set(wanted or ()) else wanted)
+    return tuple(out)
 
 
 def _moved(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,7 @@ def _read(kind: Any, data: Any) -> Any:
     out = {}
     for name, value in data.items():
         part = _PARTS.get(name)
+        _check_field(kind, name, value)
         if part and isinstance(value, list):
             out[name] = tuple(_read(part, v) for v in value)
         elif part and isinstance(value, dict):
@@ -200,6 +202,27 @@ def _read(kind: Any, data: Any) -> Any:
         else:
             out[name] = _tuples(value)
     return kind(**out)
+
+
+# What JSON has where a field is annotated so; the annotation's first word decides.
+_JSON: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "tuple": list,
+    "Axes": list,
+    "Mapping": dict,
+    "Cost": dict,
+}
+
+
+def _check_field(kind: Any, name: str, value: Any) -> None:
+    """TypeError where the value is not what the field holds."""
+    written = str(kind.__dataclass_fields__[name].type)
+    optional = written.endswith("| None") and "[" not in written
+    expected = _JSON[re.split(r"\W", written)[0]]
+    if not (isinstance(value, expected) or (optional and value is None)):
+        raise TypeError(f"{name} of a {kind.__name__} can not be {value!r:.40}")
 
 
 def signature_of(graph: Graph) -> tuple[str, ...]:
