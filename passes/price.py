@@ -126,6 +126,7 @@ class _Pricer:
         self.constant = 0.0
         self.cache: dict[Any, Any] = {}
         self.copies: dict[tuple[int, int], int] = {}
+        self.moved: dict[tuple[Axes, Axes, float], float] = {}  # picoseconds of one reshard
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.reads = _counted_reads(graph, decisions, live)
 
@@ -472,10 +473,13 @@ class _Pricer:
     def reshard(self, f: Axes, t: Axes, nbytes: float, trips: float) -> float:
         if f == t:
             return 0.0
-        moves = steps(f, t, self.sizes)
-        if moves is None:
-            return INFINITY
-        return reshard_seconds(moves, nbytes, self.links) * trips * PICO
+        key = (f, t, nbytes)
+        if key not in self.moved:
+            moves = steps(f, t, self.sizes)
+            once = INFINITY if moves is None else reshard_seconds(moves, nbytes, self.links) * PICO
+            self.moved[key] = once
+        once = self.moved[key]
+        return INFINITY if once >= INFINITY else once * trips
 
 
 def op_seconds(
