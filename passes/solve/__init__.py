@@ -1,1 +1,8 @@
-"""From a Problem to a Solution: `problem` (the data), `brute` (the oracle), `ilp` (the answer)."""
+"""From a Problem to a Solution. To read in this order:
+
+`problem` (the data), `brute` (the oracle), `ilp` (the answer), `search` (its rounds); then what
+they use: `presolve`, `dominance`, `reduction` (smaller problems), `messages`, `chains`, `buckets`
+(lower bounds), `eliminate`, `restrict` (good and exact choices), `memory`, `prices`, `cuts` (limits
+that bind), `exact` (OR-tools), `meter` (effort), `tables` (shared arrays). Problems come from
+`iopddl` files and, for tests, from `samples`.
+"""

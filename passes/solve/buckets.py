@@ -1,4 +1,4 @@
-"""From below, with wide views: what can a sum of tables not be less than?  Mini-bucket elimination.
+"""What can a sum of tables not be less than?  Mini-bucket elimination, where it is too wide.
 
 Elimination is exact but its tables may be too large. Mini-buckets (Dechter and Rish, J. ACM 50(2),
 2003) keep each table under a cap: where removing a node would join too much, its tables are put in

@@ -1,4 +1,4 @@
-"""From below: no choice can cost less than what?  Sequential tree-reweighted message passing.
+"""What can no choice cost less than?  Messages along chains: a lower bound, and reduced costs.
 
 TRW-S (Kolmogorov, IEEE PAMI 28(10), 2006) cuts the graph into chains that follow a node order, and
 gives each chain a share of the costs, and moves costs between chains so that the sum of the chains'

@@ -15,8 +15,9 @@ import numpy as np
 
 from passes.solve.problem import INFINITY, Problem
 
-# A solve without a budget stops here: well proven after a while, or at long last anyway.
-_GOOD_GAP, _GOOD_WORK, _MOST_WORK = 1e-3, 2.0, 20.0
+# A solve without a budget stops when the gap is small for the units spent, or at long last anyway.
+_GOOD = ((1.0, 1e-4), (2.0, 1e-3))
+_MOST_WORK = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Meter:
         self.work += work
         gap = Progress(self.cost, self.bound, self.work).gap
         if self._budget is None:
-            if self.work >= _GOOD_WORK and gap <= _GOOD_GAP:
+            if any(self.work >= units and gap <= small for units, small in _GOOD):
                 raise Stop("good")
             if self.work >= _MOST_WORK:
                 raise Stop("work")

@@ -38,7 +38,7 @@ class Pool:
         """The pool's copy of a problem's array, with numpy's infinity for INFINITY and above."""
         known = self._given.get(id(costs))
         if known is None:
-            made = self.intern(np.where(costs >= INFINITY, np.inf, costs))
+            made = self.intern(np.where(costs >= INFINITY, np.inf, costs).astype(np.float64))
             known = self._given[id(costs)] = (
                 costs,
                 made,
