@@ -63,9 +63,14 @@ class _Emitter:
         )
 
     def made(self, op: Op, outs: Sequence[Any]) -> list[Any]:
-        """An operation's results, each constrained as planned."""
+        """An operation's results, each as its strategy makes it and then as planned.
+
+        Between two constraints XLA does not compute the operation in a third way.
+        """
+        produced = [self.operand(op, k, x) for k, x in enumerate(outs, len(op.inputs))]
         return [
-            self.constrain(x, self.plan.values[v]) for x, v in zip(outs, op.outputs, strict=True)
+            self.constrain(x, self.plan.values[v])
+            for x, v in zip(produced, op.outputs, strict=True)
         ]
 
     def wanted(self, op: Op, operands: Sequence[Any]) -> list[Any]:

@@ -25,7 +25,7 @@ from passes.ir.plan import (
     fingerprint,
     signature_of,
 )
-from passes.ir.sharding import PARTIAL, Sharding
+from passes.ir.sharding import BROADCAST, PARTIAL, Sharding
 from passes.price import Priced, op_seconds
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps
 from passes.solve.problem import Solution
@@ -125,11 +125,11 @@ def changes(
 def reshards(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Reshard, ...]:
-    """What the lowering has to do to operands."""
+    """What the lowering has to do to operands, and to results made otherwise than they are kept."""
     graph, layout = priced.graph, _Layouts(priced.mesh.sizes)
     out = []
     for op in graph.ops:
-        wants, _ = layout.of(op, chosen[op.id])
+        wants, gives = layout.of(op, chosen[op.id])
         for k, v in enumerate(op.inputs):
             if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
                 continue
@@ -142,7 +142,20 @@ def reshards(
                 out.append(Reshard(op.id, k, want, copy, through))
             elif want != values[v]:
                 out.append(Reshard(op.id, k, want))
+        for k, v in enumerate(op.outputs):
+            made = _summed(gives[k]) if op.name == "gather" else gives[k]
+            several = graph.values[v].type.size > 1 and not op.is_link
+            if several and PARTIAL not in (*made, *values[v]) and made != values[v]:
+                out.append(Reshard(op.id, len(op.inputs) + k, made))
     return tuple(out)
+
+
+def _summed(axes: Axes) -> Axes:
+    """Partial axes replicated: XLA's partitioner sums what it gathers from split rows at once.
+
+    Told to scatter the sum over another dim too, it may make an invalid program (jax 0.10.2).
+    """
+    return tuple(BROADCAST if e == PARTIAL else e for e in axes)
 
 
 @dataclass(frozen=True, slots=True)

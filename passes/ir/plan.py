@@ -97,8 +97,9 @@ class Alternative:
 class Reshard:
     """One operand that an operation wants in another sharding than its value has.
 
-    through: a sharding on the way, of the copy number `shared` that several readers share; -1 and
-    None where the operand is changed for this reader alone.
+    operand: its place; past the operands come the results, which the operation makes in a sharding
+    that their values do not have. through: a sharding on the way, of the copy number `shared` that
+    several readers share; -1 and None where the operand is changed for this reader alone.
     """
 
     op: int
