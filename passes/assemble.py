@@ -143,19 +143,23 @@ def reshards(
             elif want != values[v]:
                 out.append(Reshard(op.id, k, want))
         for k, v in enumerate(op.outputs):
-            made = _summed(gives[k]) if op.name == "gather" else gives[k]
-            several = graph.values[v].type.size > 1 and not op.is_link
-            if several and PARTIAL not in (*made, *values[v]) and made != values[v]:
+            made = _before(op, gives[k], values[v])
+            if graph.values[v].type.size > 1 and not op.is_link and made != values[v]:
                 out.append(Reshard(op.id, len(op.inputs) + k, made))
     return tuple(out)
 
 
-def _summed(axes: Axes) -> Axes:
-    """Partial axes replicated: XLA's partitioner sums what it gathers from split rows at once.
+def _before(op: Op, made: Axes, kept: Axes) -> Axes:
+    """The sharding in which a result is first asked for; what it is kept in if nothing else.
 
-    Told to scatter the sum over another dim too, it may make an invalid program (jax 0.10.2).
+    Sums and changes along other axes come one after the other: told to do both at once, XLA's
+    partitioner may compute wrong numbers (of a dot_general) or an invalid program (of a gather).
     """
-    return tuple(BROADCAST if e == PARTIAL else e for e in axes)
+    if PARTIAL in kept:
+        return kept
+    summed = tuple(BROADCAST if e == PARTIAL else e for e in made)
+    only_sums = all(e in (PARTIAL, t) for e, t in zip(made, kept, strict=True))
+    return kept if only_sums and op.name != "gather" else summed
 
 
 @dataclass(frozen=True, slots=True)
