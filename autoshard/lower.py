@@ -81,12 +81,18 @@ class _Emitter:
         reshard = self.reshards.get((op.id, k))
         if reshard is None:
             return x
-        if reshard.through is not None:
+        if reshard.through:
             key = (reshard.shared, id(x))
             if key not in self.shared:
-                self.shared[key] = (x, self.constrain(x, reshard.through))  # x lives with its id
+                self.shared[key] = (x, self.changed(x, reshard.through))  # x lives with its id
             x = self.shared[key][1]
-        return x if reshard.axes == reshard.through else self.constrain(x, reshard.axes)
+        return self.changed(x, reshard.path)
+
+    def changed(self, x: Any, path: Sequence[Axes]) -> Any:
+        """x in one sharding after the other."""
+        for axes in path:
+            x = self.constrain(x, axes)
+        return x
 
     @contextlib.contextmanager
     def body(self) -> Iterator[None]:

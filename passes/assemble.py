@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from passes.constraints import constraints, reshards
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import (
     Axes,
@@ -20,16 +21,21 @@ from passes.ir.plan import (
     Move,
     OpPlan,
     Plan,
-    Reshard,
     TensorPlan,
     fingerprint,
     signature_of,
 )
-from passes.ir.sharding import BROADCAST, PARTIAL, Sharding
+from passes.ir.sharding import Sharding
 from passes.price import Priced, op_seconds
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps
 from passes.solve.problem import Solution
-from passes.strategies import NOWHERE, Strategy, group_of, operand_axes, parts, result_axes
+from passes.strategies import (
+    NOWHERE,
+    Layouts,
+    Strategy,
+    group_of,
+    parts,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +74,6 @@ def op_strategies(priced: Priced, choice: Sequence[int]) -> tuple[Strategy, ...]
     )
 
 
-class _Layouts:
-    """What strategies want of operands and make of results; like operations are asked once."""
-
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        self.sizes = sizes
-        self.known: dict[tuple[int, Strategy], tuple[list[Axes], list[Axes]]] = {}
-
-    def of(self, op: Op, strategy: Strategy) -> tuple[list[Axes], list[Axes]]:
-        """(sharding wanted of each operand, sharding made of each result)."""
-        key = (id(op.rule), strategy)
-        if key not in self.known:
-            self.known[key] = (
-                [operand_axes(op.rule, k, strategy, self.sizes) for k in range(len(op.inputs))],
-                [result_axes(op.rule, k, strategy, self.sizes) for k in range(len(op.outputs))],
-            )
-        return self.known[key]
-
-
 def changes(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Change, ...]:
@@ -101,9 +89,9 @@ def changes(
             trips = graph.trips(op.region)
             out.append(Change(op.id, side, k, v, f, t, shared, moves, trips))
 
-    layout = _Layouts(sizes)
+    layout = Layouts(sizes)
     for op in graph.ops:
-        wants, gives = layout.of(op, chosen[op.id])
+        wants, gives = layout.of(op.rule, chosen[op.id])
         for k, v in enumerate(op.inputs):
             if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
                 continue
@@ -120,46 +108,6 @@ def changes(
             if graph.values[v].type.size > 1:
                 add(op, "result", k, v, gives[k], values[v])
     return tuple(out)
-
-
-def reshards(
-    priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
-) -> tuple[Reshard, ...]:
-    """What the lowering has to do to operands, and to results made otherwise than they are kept."""
-    graph, layout = priced.graph, _Layouts(priced.mesh.sizes)
-    out = []
-    for op in graph.ops:
-        wants, gives = layout.of(op, chosen[op.id])
-        for k, v in enumerate(op.inputs):
-            if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
-                continue
-            want = wants[k]
-            if PARTIAL in want:
-                continue
-            copy = priced.copies.get((op.id, k), -1)
-            through = priced.meanings[copy].choices[choice[copy]] if copy >= 0 else values[v]
-            if through != values[v]:
-                out.append(Reshard(op.id, k, want, copy, through))
-            elif want != values[v]:
-                out.append(Reshard(op.id, k, want))
-        for k, v in enumerate(op.outputs):
-            made = _before(op, gives[k], values[v])
-            if graph.values[v].type.size > 1 and not op.is_link and made != values[v]:
-                out.append(Reshard(op.id, len(op.inputs) + k, made))
-    return tuple(out)
-
-
-def _before(op: Op, made: Axes, kept: Axes) -> Axes:
-    """The sharding in which a result is first asked for; what it is kept in if nothing else.
-
-    Sums and changes along other axes come one after the other: told to do both at once, XLA's
-    partitioner may compute wrong numbers (of a dot_general) or an invalid program (of a gather).
-    """
-    if PARTIAL in kept:
-        return kept
-    summed = tuple(BROADCAST if e == PARTIAL else e for e in made)
-    only_sums = all(e in (PARTIAL, t) for e, t in zip(made, kept, strict=True))
-    return kept if only_sums and op.name != "gather" else summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +249,7 @@ def assemble(
             for v, name in zip(graph.outputs, graph.output_names, strict=True)
         ),
         ops=_op_plans(priced, answer),
-        values=_constraints(priced, values),
+        values=constraints(priced, values),
         reshards=reshards(priced, solution.choice, values, answer.strategies),
         donated=tuple(i for i, v in enumerate(graph.inputs) if v in graph.donated),
         notes=(*graph.notes, *notes),
@@ -372,20 +320,3 @@ def moves_of(priced: Priced, op: Op, change: Change) -> list[Move]:
         for s in change.moves
         if s.kind != "slice"
     ]
-
-
-def _constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ...]:
-    """Which values get a constraint: where a decision begins; what is tied to it follows."""
-    graph, group_of_value = priced.graph, priced.decisions.group_of
-    out: list[Axes | None] = [None] * len(graph.values)
-    keep = {*graph.inputs, *graph.outputs}
-    for v in keep:
-        out[v] = values[v]
-    for op in graph.ops:
-        groups = {group_of_value[v] for v in op.inputs}
-        for v in op.outputs:
-            if PARTIAL in values[v] or graph.values[v].type.size <= 1:
-                continue
-            if v in keep or op.is_link or group_of_value[v] not in groups:
-                out[v] = values[v]
-    return tuple(out)

@@ -1,16 +1,25 @@
 """What does it take to change a value's sharding?  A sequence of collectives, with its price.
 
 Per mesh axis: S(d) to B is an all-gather, P to B an all-reduce, P to S(d) a reduce-scatter, S(d) to
-S(e) an all-to-all, B to S(d) a slice that costs nothing. What shrinks the local buffer goes first,
-what grows it last (Rink et al., arXiv 2112.01075, give the optimal orders; this is theirs for the
-moves above). B or S to P has no lowering and is not offered.
+S(e) an all-to-all, B to S(d) a slice that costs nothing. Of several axes that split one dim the
+later ones are the inner ones; an axis that comes or goes outside of another one makes blocks change
+places, which is a permute more. So the order of the moves matters: sums first, then the order in
+which a device sends least (Rink et al., arXiv 2112.01075). Where no dim changes its number of
+parts, one permute of all blocks may send less than any order. B or S to P has no lowering and is
+not offered.
 
 >>> steps((0, -1), (-1, -1), (4, 2))
 (Step(kind='all_gather', axis=0, before=0.25, after=1.0),)
+>>> [(s.kind, s.axis) for s in steps((0, 0), (-1, -1), (4, 2))]  # the inner axis first
+[('all_gather', 1), ('all_gather', 0)]
+>>> path((0, -1), (1, 0), (4, 2))  # what XLA is asked for in turn, so that it makes these moves
+((1, -1), (1, 0))
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,15 +32,17 @@ from passes.ir.sharding import BROADCAST, PARTIAL
 Axes = tuple[int, ...]
 StepKind = Literal["slice"] | Collective
 
-# In which order the moves are made: shrinking first, growing last.
+# Among orders that send as much: shrinking first, growing last.
 _ORDER: dict[str, int] = {
-    "slice": 0,
-    "reduce_scatter": 1,
-    "permute": 2,
-    "all_to_all": 3,
-    "all_reduce": 4,
+    "reduce_scatter": 0,
+    "all_reduce": 1,
+    "slice": 2,
+    "permute": 3,
+    "all_to_all": 4,
     "all_gather": 5,
 }
+# With more axes than this, only the order above is considered.
+_MOST_ORDERED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +60,71 @@ class Step:
         return max(self.before, self.after)
 
 
-@lru_cache(maxsize=1 << 18)
 def steps(source: Axes, target: Axes, sizes: tuple[int, ...]) -> tuple[Step, ...] | None:
     """The moves from one sharding to another on a mesh of these sizes; None if there is no way."""
-    moves: list[tuple[str, int]] = []
-    for axis, (f, t) in enumerate(zip(source, target, strict=True)):
-        if f == t or sizes[axis] == 1:
-            continue
-        if t == PARTIAL:
-            return None
-        moves.append((_move(f, t), axis))
-        if _interleaved(source, target, axis):
-            moves.append(("permute", axis))
-    moves.sort(key=lambda m: (_ORDER[m[0]], m[1]))
-    part = 1.0
-    for f, size in zip(source, sizes, strict=True):
-        part /= size if f >= 0 else 1
-    out = []
-    for kind, axis in moves:
+    found = _route(source, target, sizes)
+    return None if found is None else found[0]
+
+
+def path(source: Axes, target: Axes, sizes: tuple[int, ...]) -> tuple[Axes, ...]:
+    """The shardings to ask XLA for, one after the other, the target last; () without a change.
+
+    Asked for all at once, its partitioner gathers the whole value where it sees no better way.
+    """
+    found = _route(source, target, sizes)
+    assert found is not None, f"no way from {source} to {target}"
+    return found[1]
+
+
+@lru_cache(maxsize=1 << 18)
+def _route(
+    source: Axes, target: Axes, sizes: tuple[int, ...]
+) -> tuple[tuple[Step, ...], tuple[Axes, ...]] | None:
+    moving = [a for a, (f, t) in enumerate(zip(source, target, strict=True)) if f != t]
+    moving = [a for a in moving if sizes[a] > 1]
+    if any(target[a] == PARTIAL for a in moving):
+        return None
+    if not moving:
+        return (), ()
+    kinds = {a: _move(source[a], target[a]) for a in moving}
+    moving.sort(key=lambda a: (_ORDER[kinds[a]], a))
+    sums = [a for a in moving if source[a] == PARTIAL]
+    rest = moving[len(sums) :]
+    orders = itertools.permutations(rest) if len(rest) <= _MOST_ORDERED else [tuple(rest)]
+    routes = [_in_order((*sums, *order), source, target, sizes) for order in orders]
+    if len(rest) > 1 and not sums and _same_parts(source, target, sizes):
+        part = 1 / _parts(source, sizes)
+        routes.append(((Step("permute", min(rest), part, part),), (target,)))
+    return min(routes, key=lambda r: reshard_sent(r[0], 1.0, sizes))
+
+
+def _in_order(
+    order: Sequence[int], source: Axes, target: Axes, sizes: tuple[int, ...]
+) -> tuple[tuple[Step, ...], tuple[Axes, ...]]:
+    """One move after the other, and the shardings between those that XLA does not make as one."""
+    state, part = list(source), 1 / _parts(source, sizes)
+    made: list[Step] = []
+    asked: list[Axes] = []
+    for axis in order:
+        kind = _move(state[axis], target[axis])
+        turned = _interleaved(state, target[axis], axis)
+        if made and not (kind == made[-1].kind in ("slice", "all_gather") and not turned):
+            asked.append(tuple(state))
+        if turned and kind != "slice":
+            made.append(Step("permute", axis, part, part))
         after = part
         if kind in ("slice", "reduce_scatter"):
             after = part / sizes[axis]
         elif kind == "all_gather":
             after = part * sizes[axis]
-        out.append(Step(kind, axis, part, after))  # type: ignore[arg-type]
-        part = after
-    return tuple(out)
+        made.append(Step(kind, axis, part, after))
+        if turned and kind == "slice":
+            made.append(Step("permute", axis, after, after))
+        state[axis], part = target[axis], after
+    return tuple(made), (*asked, tuple(target))
 
 
-def _move(f: int, t: int) -> str:
+def _move(f: int, t: int) -> StepKind:
     if f == PARTIAL:
         return "all_reduce" if t == BROADCAST else "reduce_scatter"
     if f == BROADCAST:
@@ -85,12 +132,23 @@ def _move(f: int, t: int) -> str:
     return "all_gather" if t == BROADCAST else "all_to_all"
 
 
-def _interleaved(source: Axes, target: Axes, axis: int) -> bool:
-    """Whether a later (inner) axis splits the same dim before and after: blocks change places."""
-    for dim in {source[axis], target[axis]} - {BROADCAST, PARTIAL}:
-        if any(source[b] == dim and target[b] == dim for b in range(axis + 1, len(source))):
-            return True
-    return False
+def _interleaved(state: Sequence[int], target: int, axis: int) -> bool:
+    """Whether a later (inner) axis splits the dim that this one leaves, or the one it comes to."""
+    dims = {state[axis], target} - {BROADCAST, PARTIAL}
+    return any(state[b] in dims for b in range(axis + 1, len(state)))
+
+
+def _parts(axes: Sequence[int], sizes: Sequence[int]) -> int:
+    return math.prod(n for e, n in zip(axes, sizes, strict=True) if e >= 0)
+
+
+def _same_parts(source: Axes, target: Axes, sizes: tuple[int, ...]) -> bool:
+    """Whether every dim has as many parts before as after."""
+
+    def parts(axes: Axes, dim: int) -> int:
+        return math.prod(n for e, n in zip(axes, sizes, strict=True) if e == dim)
+
+    return all(parts(source, d) == parts(target, d) for d in {*source, *target})
 
 
 def reshard_seconds(moves: Sequence[Step], nbytes: float, links: Sequence[AxisLink]) -> float:

@@ -48,10 +48,11 @@ def value_choices(
         + ([PARTIAL] if partial and size > 1 else [])
         for size in sizes
     ]
-    return tuple(c for c in itertools.product(*options) if _divides(c, shape, sizes))
+    return tuple(c for c in itertools.product(*options) if divides(c, shape, sizes))
 
 
-def _divides(choice: Axes, shape: Sequence[int], sizes: Sequence[int]) -> bool:
+def divides(choice: Axes, shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether the axes of a sharding divide the dims that they split."""
     split: dict[int, int] = {}
     for entry, size in zip(choice, sizes, strict=True):
         if entry >= 0:
@@ -174,3 +175,21 @@ def strategy_from(
 def parts(strategy: Strategy, sizes: Sequence[int]) -> int:
     """Into how many parts the work falls."""
     return math.prod(n for f, n in zip(strategy, sizes, strict=True) if f >= 0)
+
+
+class Layouts:
+    """What strategies want of operands and make of results; like operations are asked once."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+        self.known: dict[tuple[int, Strategy], tuple[list[Axes], list[Axes]]] = {}
+
+    def of(self, rule: Rule, strategy: Strategy) -> tuple[list[Axes], list[Axes]]:
+        """(sharding wanted of each operand, sharding made of each result)."""
+        key = (id(rule), strategy)
+        if key not in self.known:
+            self.known[key] = (
+                [operand_axes(rule, k, strategy, self.sizes) for k in range(len(rule.operands))],
+                [result_axes(rule, k, strategy, self.sizes) for k in range(len(rule.results))],
+            )
+        return self.known[key]

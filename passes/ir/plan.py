@@ -17,7 +17,7 @@ from typing import Any
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 
-VERSION = 1
+VERSION = 2
 Axes = tuple[int, ...]
 
 
@@ -98,15 +98,16 @@ class Reshard:
     """One operand that an operation wants in another sharding than its value has.
 
     operand: its place; past the operands come the results, which the operation makes in a sharding
-    that their values do not have. through: a sharding on the way, of the copy number `shared` that
-    several readers share; -1 and None where the operand is changed for this reader alone.
+    that their values do not have. path: the shardings it takes in turn, up to the one wanted (of a
+    result: up to the one of its value, exclusively). through: those before them, up to that of the
+    copy number `shared`, which several readers share; -1 and () where there is none.
     """
 
     op: int
     operand: int
-    axes: Axes
+    path: tuple[Axes, ...]
     shared: int = -1
-    through: Axes | None = None
+    through: tuple[Axes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

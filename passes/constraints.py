@@ -1,0 +1,113 @@
+"""Which shardings is XLA asked for, and where?
+
+A value gets a constraint where a decision begins; what is tied to it follows. Where an operation
+wants an operand otherwise than its value is, or makes a result otherwise, the shardings on the way
+are asked for one after the other, so that XLA's partitioner makes the moves that were priced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from passes.ir.graph import Op
+from passes.ir.plan import Axes, Reshard
+from passes.ir.rule import Dim, Rule
+from passes.ir.sharding import BROADCAST, PARTIAL
+from passes.price import Priced
+from passes.reshard import path
+from passes.strategies import Layouts, Strategy, divides
+
+
+def constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ...]:
+    """Which values get a constraint: where a decision begins; what is tied to it follows."""
+    graph, group_of_value = priced.graph, priced.decisions.group_of
+    out: list[Axes | None] = [None] * len(graph.values)
+    keep = {*graph.inputs, *graph.outputs}
+    for v in keep:
+        out[v] = values[v]
+    for op in graph.ops:
+        groups = {group_of_value[v] for v in op.inputs}
+        for v in op.outputs:
+            if PARTIAL in values[v] or graph.values[v].type.size <= 1:
+                continue
+            if v in keep or op.is_link or group_of_value[v] not in groups:
+                out[v] = values[v]
+    return tuple(out)
+
+
+def reshards(
+    priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
+) -> tuple[Reshard, ...]:
+    """What the lowering has to do to operands, and to results made otherwise than they are kept."""
+    layout = Layouts(priced.mesh.sizes)
+    out: list[Reshard] = []
+    for op in priced.graph.ops:
+        wants, gives = layout.of(op.rule, chosen[op.id])
+        out += _operand_reshards(priced, choice, op, values, wants)
+        if not op.is_link:
+            out += _result_reshards(priced, op, values, gives)
+    return tuple(out)
+
+
+def _operand_reshards(
+    priced: Priced, choice: Sequence[int], op: Op, values: Sequence[Axes], wants: Sequence[Axes]
+) -> Iterator[Reshard]:
+    graph = priced.graph
+    for k, v in enumerate(op.inputs):
+        if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
+            continue
+        if PARTIAL in wants[k]:
+            continue
+        copy = priced.copies.get((op.id, k), -1)
+        have = priced.meanings[copy].choices[choice[copy]] if copy >= 0 else values[v]
+        through, way = _way(priced, v, values[v], have), _way(priced, v, have, wants[k])
+        if through:
+            yield Reshard(op.id, k, way, copy, through)
+        elif way:
+            yield Reshard(op.id, k, way)
+
+
+def _result_reshards(
+    priced: Priced, op: Op, values: Sequence[Axes], gives: Sequence[Axes]
+) -> Iterator[Reshard]:
+    for k, v in enumerate(op.outputs):
+        made, kept = gives[k], values[v]
+        if priced.graph.values[v].type.size <= 1 or made == kept or PARTIAL in kept:
+            continue
+        first = _first(op, k, made, kept)
+        way = _way(priced, v, made if first is None else first, kept)[:-1]
+        if first is not None:
+            way = (first, *way)
+        if way:
+            yield Reshard(op.id, len(op.inputs) + k, way)
+
+
+def _way(priced: Priced, v: int, source: Axes, target: Axes) -> tuple[Axes, ...]:
+    """What can be asked for on the way: no partial value, and no dim in unequal parts."""
+    shape, sizes = priced.graph.values[v].shape, priced.mesh.sizes
+    asked = path(source, target, sizes)
+    return tuple(a for a in asked if PARTIAL not in a and divides(a, shape, sizes))
+
+
+def _first(op: Op, k: int, made: Axes, kept: Axes) -> Axes | None:
+    """The sharding in which a result is asked for first, where that is not a step of its reshard.
+
+    An operation is not computed in a third way when XLA is told in which sharding its result is
+    made. Partial sums are made by the first step, but for two cases in which XLA's partitioner is
+    wrong (jax 0.10.2): told to scatter the sum of what it gathers from split rows, it may make an
+    invalid program; and it adds wrong blocks of a dot_general that is partial over several axes
+    when one of the sums is to be scattered over a batch dim that another axis splits.
+    """
+    if PARTIAL not in made:
+        return made
+    sums = [a for a, e in enumerate(made) if e == PARTIAL]
+    batch = [d for d, dim in enumerate(op.rule.results[k]) if _is_batch(op.rule, dim)]
+    several = len(sums) > 1 and any(kept[a] in batch and kept[a] in made for a in sums)
+    if op.name == "gather" or several:
+        return tuple(BROADCAST if e == PARTIAL else e for e in made)
+    return None
+
+
+def _is_batch(rule: Rule, dim: Dim) -> bool:
+    """Whether this dim of a result is one of every operand's too."""
+    return all(any(set(d) & set(dim) for d in dims) for dims in rule.operands)
