@@ -27,8 +27,8 @@ from passes.ir.graph import Graph, Op, Type
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST, PARTIAL
 from passes.liveness import Liveness
-from passes.reshard import reshard_seconds, steps
-from passes.solve.problem import INFINITY, Costs, Edge, Node, Problem, Use
+from passes.reshard_table import PICO, ReshardTable
+from passes.solve.problem import Costs, Edge, Node, Problem, Use
 from passes.strategies import (
     Axes,
     Strategy,
@@ -41,7 +41,6 @@ from passes.strategies import (
     value_choices,
 )
 
-PICO = 1e12  # picoseconds in a second
 MATRIX_OPS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
 
 # Picoseconds per byte of an argument on a device: breaks ties for split ones, far below any real
@@ -126,7 +125,7 @@ class _Pricer:
         self.constant = 0.0
         self.cache: dict[Any, Any] = {}
         self.copies: dict[tuple[int, int], int] = {}
-        self.moved: dict[tuple[Axes, Axes, float], float] = {}  # picoseconds of one reshard
+        self.table = ReshardTable(mesh.sizes, self.links)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.reads = _counted_reads(graph, decisions, live)
 
@@ -314,7 +313,8 @@ class _Pricer:
             return
         copy = self.node(Meaning("copy", v, choices), f"copy of {_label(self.graph, group)}")
         region = self.graph.ops[near[0][0]].region
-        self.place(self.matrix(axes, choices, value.type.nbytes, self.trips[region]), node, copy)
+        matrix = self.table.matrix(axes, choices, value.type.nbytes, self.trips[region])
+        self.place(matrix, node, copy)
         for reader in near:
             self.copies[reader] = copy
 
@@ -430,9 +430,9 @@ class _Pricer:
         nbytes = self.graph.values[v].type.nbytes
         trips = self.trips[op.region]
         if side == "operand":
-            matrix = self.matrix(axes, wants, nbytes, trips)
+            matrix = self.table.matrix(axes, wants, nbytes, trips)
         else:
-            matrix = self.matrix(wants, axes, nbytes, trips)
+            matrix = self.table.matrix(wants, axes, nbytes, trips)
         self.place(matrix, *((node, owner) if side == "operand" else (owner, node)))
 
     def place(self, matrix: Costs, u: int, v: int) -> None:
@@ -448,38 +448,6 @@ class _Pricer:
             self.costs[v] += matrix[0, :]
         else:
             self.constant += float(matrix[0, 0]) / PICO
-
-    def matrix(
-        self, source: tuple[Axes, ...], target: tuple[Axes, ...], nbytes: float, trips: float
-    ) -> Costs:
-        """Reshard picoseconds from every source to every target sharding."""
-        key = ("matrix", id(source), id(target), nbytes, trips)
-        if key in self.cache:
-            out: Costs = self.cache[key][0]
-            return out
-        rows, row_of = _distinct(source)
-        columns, column_of = _distinct(target)
-        small_key = ("small", rows, columns, nbytes, trips)
-        if small_key not in self.cache:
-            small = np.empty((len(rows), len(columns)))
-            for i, f in enumerate(rows):
-                for j, t in enumerate(columns):
-                    small[i, j] = self.reshard(f, t, nbytes, trips)
-            self.cache[small_key] = np.round(small)
-        full = self.cache[small_key][np.ix_(row_of, column_of)]
-        self.cache[key] = (full, source, target)  # keeps both alive, so that their ids stay theirs
-        return full  # type: ignore[no-any-return]
-
-    def reshard(self, f: Axes, t: Axes, nbytes: float, trips: float) -> float:
-        if f == t:
-            return 0.0
-        key = (f, t, nbytes)
-        if key not in self.moved:
-            moves = steps(f, t, self.sizes)
-            once = INFINITY if moves is None else reshard_seconds(moves, nbytes, self.links) * PICO
-            self.moved[key] = once
-        once = self.moved[key]
-        return INFINITY if once >= INFINITY else once * trips
 
 
 def op_seconds(
@@ -570,12 +538,6 @@ def _counted_reads(
                 counted.add(len(op.inputs) + k)
         out.append(frozenset(counted))
     return tuple(out)
-
-
-def _distinct(axes: tuple[Axes, ...]) -> tuple[tuple[Axes, ...], list[int]]:
-    index: dict[Axes, int] = {}
-    order = [index.setdefault(a, len(index)) for a in axes]
-    return tuple(index), order
 
 
 def _label(graph: Graph, group: Group) -> str:

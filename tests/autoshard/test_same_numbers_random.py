@@ -341,6 +341,13 @@ def host(x: Any) -> Any:
     return np.asarray(x)
 
 
+def is_steady(fn: Callable[..., Any], expected: Any) -> bool:
+    """Whether a rounding error in the arguments stays one; a sine of a long sum makes it grow."""
+    near = [a * np.float32(1 + 2e-7) if a.dtype == np.float32 else a for a in ARGS]
+    got = jax.tree.map(host, jax.jit(fn)(*near))
+    return all(map(lambda x, y: difference(x, y) < 2e-5, *map(jax.tree.leaves, (got, expected))))
+
+
 def check_same(plan: Plan, args: Sequence[Any], expected: Any, tolerance: float = 2e-4) -> None:
     try:
         call = plan.compile()
@@ -363,6 +370,7 @@ def test_random_plans_of_random_programs(
     fn = build(steps, grad, mesh)
     traced = _traced(fn, ARGS, {}, {})
     expected = jax.tree.map(host, jax.jit(fn)(*ARGS))
+    assume(is_steady(fn, expected))
     priced = priced_on(traced, mesh)
     for n in range(2):
         check_same(random_plan(traced, priced, seed + n), ARGS, expected)
