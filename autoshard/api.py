@@ -28,7 +28,7 @@ from passes.hints import hints_for, path_of
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
 from passes.ir.plan import PlanError
-from passes.normalize import drop_dead
+from passes.normalize import drop_dead, merge_same
 from passes.search import SOLVERS, Found, Progress, search
 
 Hints = Mapping[str, Any]
@@ -311,7 +311,8 @@ def _traced(
 ) -> Traced:
     _check_arguments(fn, args, kwargs, jit_options)
     traced = trace(fn, *args, **jit_options, **kwargs)
-    return dataclasses.replace(traced, graph=drop_dead(traced.graph))
+    graph, same = merge_same(traced.graph)
+    return dataclasses.replace(traced, graph=drop_dead(graph), same=same)
 
 
 def _donating(traced: Traced, donated: Sequence[int]) -> Traced:

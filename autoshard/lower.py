@@ -49,6 +49,8 @@ class _Emitter:
         self.ops: Mapping[Path, Op] = {op.path: op for op in traced.graph.ops}
         self.reshards = {(r.op, r.operand): r for r in plan.reshards}
         self.shared: dict[tuple[int, int], Any] = {}
+        self.twins = frozenset(traced.same.values())
+        self.made_by: dict[Path, list[Any]] = {}  # results of equations that have a twin
 
     # constraints
 
@@ -96,12 +98,13 @@ class _Emitter:
 
     @contextlib.contextmanager
     def body(self) -> Iterator[None]:
-        """In a region's body nothing resharded outside, or in another tracing of it, is reused."""
-        outside, self.shared = self.shared, {}
+        """In a region's body nothing made outside, or in another tracing of it, is reused."""
+        outside = self.shared, self.made_by
+        self.shared, self.made_by = {}, {}
         try:
             yield
         finally:
-            self.shared = outside
+            self.shared, self.made_by = outside
 
     # the walk
 
@@ -135,14 +138,22 @@ class _Emitter:
             return self.while_loop(eqn, operands, path)
         if name == "cond":
             return self.cond(eqn, operands, path)
-        op = self.ops.get(path)
+        return self.planned(eqn, operands, path)
+
+    def planned(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """One operation with its operands and results in the shardings of its plan."""
+        name, op = eqn.primitive.name, self.ops.get(path)
+        if op is None and self.traced.same.get(path) in self.made_by:
+            return self.made_by[self.traced.same[path]]
         if op is None:  # dead code: computed as it stands, and dropped by XLA
             return operands if name in _DROPPED else bind(eqn, operands)
         operands = self.wanted(op, operands)
         if name in _CLAMPED:
             operands = _within(eqn, operands)
-        outs = operands[:1] if name in _DROPPED else bind(eqn, operands)
-        return self.made(op, outs)
+        outs = self.made(op, operands[:1] if name in _DROPPED else bind(eqn, operands))
+        if path in self.twins:
+            self.made_by[path] = outs
+        return outs
 
     def remat(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
         """What jax lowers remat to: a barrier that keeps XLA from reusing the first run."""

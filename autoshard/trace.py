@@ -9,7 +9,7 @@ same jaxpr and find the same values.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -47,7 +47,8 @@ class Traced:
 
     jaxpr: the closed jaxpr. in_tree, out_tree: pytree structures of (args, kwargs) and of the
     result. in_avals: flat avals. donated: per flat argument. required_mesh: axis sizes that a
-    `shard_map` inside demands, or None.
+    `shard_map` inside demands, or None. same: paths of equations left out of the graph because the
+    equation at another path computes the same.
     """
 
     graph: Graph
@@ -57,6 +58,7 @@ class Traced:
     in_avals: tuple[Any, ...]
     donated: tuple[bool, ...]
     required_mesh: Mapping[str, int] | None
+    same: Mapping[Path, Path] = field(default_factory=dict)
 
 
 def trace(

@@ -1,15 +1,56 @@
-"""Which operations does nobody need?  `drop_dead(graph)` leaves out what no result depends on.
+"""Which operations does nobody need?  Those done before, and those that no result depends on.
 
-Tracing a gradient leaves dead equations behind; XLA removes them, so they must not be priced. The
-paths of the others stay as they were: the lowering still walks the whole jaxpr.
+Libraries cast one activation for each of its readers, and tracing a gradient leaves dead equations
+behind; XLA removes both, so they must not be priced. The paths of the others stay as they were: the
+lowering still walks the whole jaxpr.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from passes.ir.graph import Graph, Op
+
+Path = tuple[int | str, ...]
+
+
+def merge_same(graph: Graph) -> tuple[Graph, Mapping[Path, Path]]:
+    """The same graph where nothing cheap is done twice, and per path left out the one that stays.
+
+    Operations that XLA fuses (their parameters are plain data, and say all), of one region, with
+    the same operands. Values that a hint is about stay apart. What was left out leaves values
+    behind that nobody makes: `drop_dead` takes them away.
+    """
+    hinted = {h.value for h in graph.hints}
+    now = list(range(len(graph.values)))
+    first: dict[Any, Op] = {}
+    same: dict[Path, Path] = {}
+    before = [0]  # how many ops that stay come before each op
+    ops: list[Op] = []
+    for op in graph.ops:
+        op = replace(op, id=len(ops), inputs=tuple(now[v] for v in op.inputs))
+        twin = op
+        if op.rule.fuses and not op.is_link and not op.effects and hinted.isdisjoint(op.outputs):
+            types = tuple(graph.values[v].type for v in op.outputs)
+            key = (op.name, op.region, op.inputs, types, repr(sorted(op.params.items())))
+            twin = first.setdefault(key, op)
+        if twin is op:
+            ops.append(op)
+        else:
+            same[op.path] = twin.path
+            for v, u in zip(op.outputs, twin.outputs, strict=True):
+                now[v] = u
+        before.append(len(ops))
+    merged = replace(
+        graph,
+        ops=tuple(ops),
+        regions=tuple(replace(r, begin=before[r.begin], end=before[r.end]) for r in graph.regions),
+        outputs=tuple(now[v] for v in graph.outputs),
+        ties=tuple((now[a], now[b]) for a, b in graph.ties),
+    )
+    return merged, same
 
 
 def drop_dead(graph: Graph) -> Graph:

@@ -127,6 +127,7 @@ class _Pricer:
         self.copies: dict[tuple[int, int], int] = {}
         self.table = ReshardTable(mesh.sizes, self.links)
         self.trips = [graph.trips(r.id) for r in graph.regions]
+        self.producers = graph.producers()
         self.reads = _counted_reads(graph, decisions, live)
 
     # nodes
@@ -148,7 +149,7 @@ class _Pricer:
             self.only.append(choices[0])
             self.lists.append(choices)
             many = len(choices) > 1
-            label = _label(graph, group) if many else ""
+            label = _label(graph, self.producers, group) if many else ""
             self.node_of.append(
                 self.node(Meaning("group", group.id, choices), label) if many else -1
             )
@@ -311,7 +312,8 @@ class _Pricer:
         choices = self.cache[key]
         if len(choices) == 1:
             return
-        copy = self.node(Meaning("copy", v, choices), f"copy of {_label(self.graph, group)}")
+        label = f"copy of {_label(self.graph, self.producers, group)}"
+        copy = self.node(Meaning("copy", v, choices), label)
         region = self.graph.ops[near[0][0]].region
         matrix = self.table.matrix(axes, choices, value.type.nbytes, self.trips[region])
         self.place(matrix, node, copy)
@@ -540,8 +542,14 @@ def _counted_reads(
     return tuple(out)
 
 
-def _label(graph: Graph, group: Group) -> str:
+def _label(graph: Graph, producers: Sequence[int], group: Group) -> str:
+    """The argument among the values of a group, or its largest value and who makes it."""
     for v in group.members:
         if graph.values[v].name:
             return graph.values[v].name
-    return f"value {min(group.members)}"
+    largest = max(group.members, key=lambda v: (graph.values[v].type.nbytes, -v))
+    type, maker = graph.values[largest].type, producers[largest]
+    if maker < 0:
+        return f"{type} {graph.values[largest].kind}"
+    op = graph.ops[maker]
+    return f"{type} of {op.name} {op.source}".strip()

@@ -24,7 +24,7 @@ from autoshard.trace import INLINED, Traced, trace
 from passes.ir.graph import Graph
 from passes.ir.parse import parse_graph
 from passes.ir.verify import verify
-from passes.normalize import drop_dead
+from passes.normalize import drop_dead, merge_same
 
 
 def load(name: str) -> Any:
@@ -79,6 +79,42 @@ def test_graph_without_dead_code_is_valid_and_keeps_arguments_and_results(name: 
     ]
     assert {op.path for op in small.ops} <= {op.path for op in graph.ops}
     assert drop_dead(small) == small
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_done_twice_is_merged_and_said(name: str) -> None:
+    graph = traced(name).graph
+    merged, same = merge_same(graph)
+    small = drop_dead(merged)
+    verify(small)
+    assert {op.path for op in merged.ops} | set(same) == {op.path for op in graph.ops}
+    assert set(same.values()) <= {op.path for op in merged.ops}
+    assert not merge_same(merged)[1]
+    for part in ("inputs", "outputs"):
+        before, after = ([g.values[v].type for v in getattr(g, part)] for g in (graph, small))
+        assert before == after
+
+
+def test_a_cast_for_each_of_three_readers_is_one_cast() -> None:
+    """As flax does it: every layer casts its input by itself."""
+
+    def qkv(x: Any, weights: Any) -> Any:
+        return [(x * 2).astype(jnp.bfloat16) @ w for w in weights]
+
+    found = trace(qkv, X, [X.T.astype(jnp.bfloat16)] * 3)
+    merged, same = merge_same(found.graph)
+    names = [op.name for op in drop_dead(merged).ops]
+    assert names == ["mul", "convert_element_type", *["dot_general"] * 3]
+    assert len(same) == 4
+
+
+def test_what_a_hint_is_about_is_not_merged() -> None:
+    def two(x: Any) -> Any:
+        return [autoshard.annotate(x * 2, axis, None) for axis in ("data", "model")]
+
+    merged, same = merge_same(trace(two, X).graph)
+    assert [op.name for op in merged.ops] == ["mul", "autoshard_annotate", "autoshard_annotate"]
+    assert len(same) == 1
 
 
 @pytest.mark.parametrize("name", CASES)
