@@ -19,7 +19,7 @@ from autoshard.report_costs import line_text, moves_table
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes, format_seconds
 from passes.assemble import Held, changes, held, memory, moves_of, op_strategies, value_axes
-from passes.hints import HintError, match, nearest, path_of
+from passes.hints import HintError, match, named, nearest, path_of
 from passes.ir.graph import Graph, Hint, short_dtype
 from passes.ir.plan import Axes, Cost, Plan, TensorPlan
 from passes.ir.sharding import Sharding
@@ -87,10 +87,13 @@ def search_again(plan: Plan, graph: Graph, state: Sequence[tuple[int, int]]) -> 
 
     A hint given from outside is known by its effect only, so that it closes dims it left open.
     """
+    names = [tensor.name for tensor in plan.arguments]
+    origins = {t.origin for t in plan.arguments if t.origin.startswith("hints[")}
+    meant = {origin: set(named(_glob(origin), names)) for origin in origins}
     outside = [
         Hint(v, tensor.spec, tensor.origin)
-        for v, tensor in zip(graph.inputs, plan.arguments, strict=True)
-        if tensor.origin.startswith("hints[") and _is_meant(tensor)
+        for k, (v, tensor) in enumerate(zip(graph.inputs, plan.arguments, strict=True))
+        if k in meant.get(tensor.origin, ())
     ]
     return search(
         graph,
@@ -103,10 +106,9 @@ def search_again(plan: Plan, graph: Graph, state: Sequence[tuple[int, int]]) -> 
     )
 
 
-def _is_meant(tensor: TensorPlan) -> bool:
-    """Whether the hint it got from outside is its own, not that of a value tied to it."""
-    glob = ast.literal_eval(tensor.origin[len("hints[") : -1])
-    return glob == tensor.name or match(glob, path_of(tensor.name))
+def _glob(origin: str) -> str:
+    """The glob of a hint given from outside. Values tied to the one it means have it as origin."""
+    return str(ast.literal_eval(origin[len("hints[") : -1]))
 
 
 # What the glob names
@@ -115,9 +117,7 @@ def _is_meant(tensor: TensorPlan) -> bool:
 def _targets(plan: Plan, found: Found, glob: str) -> list[Target]:
     graph = found.priced.graph
     for tensors, values in ((plan.arguments, graph.inputs), (plan.results, graph.outputs)):
-        places = [
-            k for k, t in enumerate(tensors) if glob == t.name or match(glob, path_of(t.name))
-        ]
+        places = named(glob, [t.name for t in tensors])
         if places:
             copies = {k for m in mirrors(tensors) for _, k in m.pairs}
             lines = rows(tensors, places, names=False)
@@ -323,7 +323,7 @@ def _binding(found: Found, t: Target) -> str:
 
 def _from_plan_alone(plan: Plan, glob: str) -> str:
     tensors = (*plan.arguments, *plan.results)
-    chosen = [t for t in tensors if glob == t.name or match(glob, path_of(t.name))]
+    chosen = [tensors[k] for k in named(glob, [t.name for t in tensors])]
     if not chosen:
         paths = list(dict.fromkeys(path_of(t.name) for t in tensors))
         near = difflib.get_close_matches(glob, paths, n=3, cutoff=0.0)

@@ -9,6 +9,12 @@ any number of whole parts, also none:
 >>> match("params/**/wq", "params/layers/0/wq"), match("params/*", "params/layers/0/wq")
 (True, False)
 
+Where no argument has such a path, a glob that describes a group (a dict, a tuple, a dataclass)
+means all arrays in it, as the prefix of a pytree does in jax:
+
+>>> named("batch*", ["params['w']", "batch['x']", "batch['y']"])
+[1, 2]
+
 What a hint says, its spec, has one entry for each dim: the name of the mesh axis that splits it,
 a tuple of names, None for *do not split*, OPEN for *the planner decides*; one `...` stands for any
 number of open dims. As in a PartitionSpec, dims that a glob's spec does not reach are not split.
@@ -19,7 +25,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -65,6 +71,17 @@ def _key(text: str) -> str:
 def match(glob: str, path: str) -> bool:
     """Whether the glob describes the whole path."""
     return _pattern(glob).fullmatch(path + "/") is not None
+
+
+def named(glob: str, names: Sequence[str]) -> list[int]:
+    """Places of the names that a glob means: those it describes, else those in such a group."""
+    paths = [path_of(name) for name in names]
+    found = [
+        k
+        for k, (name, path) in enumerate(zip(names, paths, strict=True))
+        if glob == name or match(glob, path)
+    ]
+    return found or [k for k, path in enumerate(paths) if match(f"{glob}/**", path)]
 
 
 @lru_cache(maxsize=256)
@@ -142,8 +159,9 @@ def parse_spec(text: str) -> tuple[Any, ...]:
 def hints_for(graph: Graph, hints: Mapping[str, Any]) -> tuple[Hint, ...]:
     """The hints that `{glob: spec}` means for the arguments of a graph, in order of the mapping.
 
-    A spec is a PartitionSpec, a tuple of entries, or text for `parse_spec`. Raises HintError for a
-    glob that matches no argument, and for a spec that does not fit an argument it matches.
+    A spec is a PartitionSpec, a tuple of entries, or text for `parse_spec`. Scalars of a group that
+    a glob means as a whole are left alone. Raises HintError for a glob that matches no argument,
+    and for a spec that does not fit an argument it matches.
     """
     return tuple(hint for glob, spec in hints.items() for hint in _for_glob(graph, glob, spec))
 
@@ -154,10 +172,13 @@ def _for_glob(graph: Graph, glob: str, spec: Any) -> Iterator[Hint]:
     if not isinstance(entries, Iterable):
         raise HintError(f"{origin}: {spec!r} is no spec; write a PartitionSpec or a tuple")
     entries = tuple(entries)
-    matched = [v for v in _arguments(graph) if glob == v.name or match(glob, path_of(v.name))]
+    arguments = _arguments(graph)
+    matched = [arguments[k] for k in named(glob, [v.name for v in arguments])]
     if not matched:
         raise HintError(f"{origin} matches no argument; {nearest(graph, glob)}")
     for v in matched:
+        if not v.shape and not match(glob, path_of(v.name)) and glob != v.name:
+            continue
         where = f"{origin} on {v.name}, {v.type}"
         yield Hint(v.id, spec_dims(entries, len(v.shape), short=True, where=where), origin)
 
@@ -169,8 +190,6 @@ def _arguments(graph: Graph) -> list[Value]:
 def nearest(graph: Graph, glob: str) -> str:
     """What the user may have meant, for the message."""
     paths = [path_of(v.name) for v in _arguments(graph)]
-    if any(match(f"{glob}/**", path) for path in paths):
-        return f"it is a group of arguments: write {glob + '/**'!r} for all of them"
     bare = re.sub(r"\*\*/|/\*\*|[*?]", "", glob)
 
     def likeness(path: str) -> float:

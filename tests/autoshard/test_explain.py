@@ -142,11 +142,14 @@ def test_layers_that_are_alike_are_explained_once() -> None:
     assert "x3, the first one explained" in text
 
 
+def test_a_group_explains_all_in_it(plan: Plan) -> None:
+    assert plan.explain("params") == plan.explain("params/**")
+
+
 @pytest.mark.parametrize(
     ("glob", "said"),
     [
         ("params/0/w11", "the nearest are params/0/w1, params/0/w2, x"),
-        ("params", "write 'params/**'"),
         ("nowhere.py:3", "lines of the program are test_explain.py:"),
     ],
 )

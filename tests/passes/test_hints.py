@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.hints import OPEN, HintError, hints_for, match, parse_spec, path_of, spec_dims
+from passes.hints import OPEN, HintError, hints_for, match, named, parse_spec, path_of, spec_dims
 from passes.ir.graph import Graph, Hint
 from passes.ir.parse import parse_graph
 
@@ -164,12 +164,36 @@ def test_without_short_every_dim_needs_an_entry() -> None:
         spec_dims(("a",), 2, short=False, where="x")
 
 
+def test_a_group_means_all_arrays_in_it() -> None:
+    found = hints(("x", ...), "params/layers*")
+    names = [GRAPH.values[h.value].name for h in found]
+    assert names == [v.name for v in GRAPH.values if "layers" in v.name]
+    assert {len(h.dims) for h in found} == {1, 2}
+
+
+def test_a_group_is_meant_only_where_no_argument_is() -> None:
+    assert named("a*", ["a", "ab", "a_group['x']"]) == [0, 1]
+    assert named("a_group", ["a", "a_group['x']", "a_group['y'][0]"]) == [1, 2]
+
+
+def test_scalars_of_a_group_are_left_alone_but_not_when_named() -> None:
+    graph = parse_graph("graph f\n  arg  s.count  i32[]\n  arg  s.mu  f32[8]\n")
+    (found,) = hints_for(graph, {"s": ("x",)})
+    assert graph.values[found.value].name == "s.mu"
+    with pytest.raises(HintError, match=r"s\.count, i32\[\]: 1 entry for 0 dims"):
+        hints_for(graph, {"s/count": ("x",)})
+
+
+def test_a_spec_too_long_for_one_of_a_group_names_that_one() -> None:
+    with pytest.raises(HintError, match=r"params\['layers'\]\[1\]\['b'\], f32\[16\]: 2 entries"):
+        hints((None, "x"), "params/layers")
+
+
 @pytest.mark.parametrize(
     ("glob", "said"),
     [
         ("params/**/wqq", "nearest are params/layers/0/wq, params/layers/1/wq"),
         ("parms/embed", "nearest are params/embed"),
-        ("params", r"a group of arguments: write 'params/\*\*'"),
         ("btch*", "nearest are batch"),
     ],
 )
