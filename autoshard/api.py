@@ -384,6 +384,10 @@ class Parallelized:
         args, kwargs = self._dynamic(args, kwargs)
         return self._compiled[key](*args, **kwargs)
 
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method it takes its instance first; make that static if it is no pytree."""
+        return self if instance is None else functools.partial(self, instance)
+
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, made once per form."""
         key = self._key(args, kwargs)

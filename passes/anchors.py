@@ -27,6 +27,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.text import hint_text
 
 Axes = tuple[int, ...]
+ANNOTATE = "autoshard_annotate"
 
 
 class HintConflict(ValueError):
@@ -75,13 +76,33 @@ def anchors(
     hard ones that contradict each other.
     """
     group = roots(graph) if group is None else group
+    said = [(hint, _on_mesh(graph, mesh, hint)) for hint in hints]
+    _check_names(graph, [(hint, dims) for hint, dims in said if hint.hard])
     out: dict[int, Anchor] = {}
-    for hint in hints:
-        dims = _on_mesh(graph, mesh, hint)
-        new = Anchor(dims, tuple(None if d is None else hint for d in dims))
+    for hint, dims in said:
         root = group[hint.value]
+        new = Anchor(dims, tuple(None if d is None else hint for d in dims))
         out[root] = _merged(graph, out[root], new) if root in out else new
     return {root: a for root, a in out.items() if any(h is not None for h in a.hints)}
+
+
+def _check_names(graph: Graph, said: Sequence[tuple[Hint, tuple[Axes | None, ...]]]) -> None:
+    """HintConflict where hints under several names of one value contradict each other.
+
+    `annotate` gives a value another name and no other sharding. (A constraint of jax's own is an
+    operation: what stands before it and after it may differ.)
+    """
+    named = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == ANNOTATE}
+    made = {v for op in graph.ops if op.name != ANNOTATE for v in op.outputs}
+    out: dict[int, Anchor] = {}
+    for hint, dims in said:
+        v = hint.value
+        if v in made:
+            continue
+        while v in named:
+            v = named[v]
+        new = Anchor(dims, tuple(None if d is None else hint for d in dims))
+        out[v] = _merged(graph, out[v], new) if v in out else new
 
 
 def describe(graph: Graph, value: int) -> str:

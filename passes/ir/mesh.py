@@ -29,10 +29,14 @@ class Mesh:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.sizes):
             raise MeshError(f"{len(self.names)} axis names but {len(self.sizes)} axis sizes")
+        if not self.names or not all(isinstance(n, str) and n for n in self.names):
+            raise MeshError(
+                f"a mesh has one name, a string, for each of its axes, not {list(self.names)}"
+            )
         if len(set(self.names)) != len(self.names):
             raise MeshError(f"a mesh axis is named twice: {', '.join(self.names)}")
         for name, size in zip(self.names, self.sizes, strict=True):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise MeshError(
                     f"mesh axis {name!r} has size {size!r}; give a whole number above zero"
                 )

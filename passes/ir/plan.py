@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, get_args, get_origin, get_type_hints
 
+from cost_models.cluster import Cluster
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 
@@ -142,7 +143,7 @@ class Plan:
     @property
     def mesh_axes(self) -> Mesh:
         """The mesh as axes."""
-        return Mesh.of(dict(self.mesh))
+        return Mesh(tuple(n for n, _ in self.mesh), tuple(s for _, s in self.mesh))
 
     def to_json(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -165,66 +166,58 @@ class Plan:
                 f"{VERSION}: plan again, or use the autoshard that wrote it"
             )
         try:
-            return _read(Plan, data)  # type: ignore[no-any-return]
+            plan: Plan = _read(Plan, data)
+            Cluster.from_dict(plan.cluster)
+            assert plan.mesh_axes
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from None
-
-
-def _tuples(x: Any) -> Any:
-    return tuple(map(_tuples, x)) if isinstance(x, list) else x
-
-
-_PARTS: dict[str, Any] = {
-    "cost": Cost,
-    "arguments": TensorPlan,
-    "results": TensorPlan,
-    "ops": OpPlan,
-    "reshards": Reshard,
-    "alternatives": Alternative,
-    "collectives": Move,
-}
+        return plan
 
 
 def _read(kind: Any, data: Any) -> Any:
-    """A dataclass from its plain data; unknown and missing fields raise."""
-    names = {f.name for f in dataclasses.fields(kind)}
+    """A dataclass from its plain data; unknown, missing and mistyped fields raise."""
+    fields = _fields(kind)
     if not isinstance(data, dict):
-        raise TypeError(f"a {kind.__name__} should be an object, not {data!r}")
-    if names != set(data):
-        missing, extra = sorted(names - set(data)), sorted(set(data) - names)
+        raise TypeError(f"a {kind.__name__} should be an object, not {data!r:.40}")
+    if fields.keys() != data.keys():
+        missing, extra = sorted(fields.keys() - data), sorted(data.keys() - fields)
         raise KeyError(f"{kind.__name__} lacks {missing} and has unknown {extra}")
     out = {}
     for name, value in data.items():
-        part = _PARTS.get(name)
-        _check_field(kind, name, value)
-        if part and isinstance(value, list):
-            out[name] = tuple(_read(part, v) for v in value)
-        elif part and isinstance(value, dict):
-            out[name] = _read(part, value)
-        else:
-            out[name] = _tuples(value)
+        try:
+            out[name] = _typed(fields[name], value)
+        except _Mistyped:
+            raise TypeError(f"{name} of a {kind.__name__} can not be {value!r:.40}") from None
     return kind(**out)
 
 
-# What JSON has where a field is annotated so; the annotation's first word decides.
-_JSON: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": (int, float),
-    "tuple": list,
-    "Axes": list,
-    "Mapping": dict,
-    "Cost": dict,
-}
+class _Mistyped(Exception):
+    """A value that is not of the type that its field is annotated with."""
 
 
-def _check_field(kind: Any, name: str, value: Any) -> None:
-    """TypeError where the value is not what the field holds."""
-    written = str(kind.__dataclass_fields__[name].type)
-    optional = written.endswith("| None") and "[" not in written
-    expected = _JSON[re.split(r"\W", written)[0]]
-    if not (isinstance(value, expected) or (optional and value is None)):
-        raise TypeError(f"{name} of a {kind.__name__} can not be {value!r:.40}")
+@lru_cache
+def _fields(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _typed(wanted: Any, value: Any) -> Any:
+    """A JSON value as the type that is wanted; lists become tuples."""
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        return _read(wanted, value)
+    parts = get_args(wanted)
+    if type(None) in parts:
+        return None if value is None else _typed(parts[0], value)
+    if get_origin(wanted) is tuple and isinstance(value, list):
+        if parts[-1] is Ellipsis:
+            return tuple(_typed(parts[0], v) for v in value)
+        if len(parts) == len(value):
+            return tuple(_typed(p, v) for p, v in zip(parts, value, strict=True))
+    if get_origin(wanted) is Mapping and isinstance(value, dict):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if type(value) is wanted or (wanted is float and number):
+        return value
+    raise _Mistyped
 
 
 def signature_of(graph: Graph) -> tuple[str, ...]:

@@ -106,6 +106,59 @@ def test_hints_that_contradict_are_both_named(hints: Any) -> None:
         plan(lambda x: x + 1, X, mesh={"data": 8}, hints=hints)
 
 
+def in_a_row(x: Any) -> Any:
+    x = autoshard.annotate(x, "data", None)
+    return autoshard.annotate(x, None, "data") + 1
+
+
+def side_by_side(x: Any) -> Any:
+    y = x * 2
+    return autoshard.annotate(y, "data", None) + autoshard.annotate(y, None, "data")
+
+
+def in_a_loop(x: Any) -> Any:
+    def step(carry: Any, row: Any) -> Any:
+        carry = autoshard.annotate(carry, "data", None)
+        return autoshard.annotate(carry, autoshard.OPEN, "data") * row, None
+
+    return jax.lax.scan(step, x, jnp.ones((3, 8, 16)))[0]
+
+
+@pytest.mark.parametrize("fn", [in_a_row, side_by_side, in_a_loop])
+@pytest.mark.parametrize("solver", ["ilp", "propagate", "fsdp"])
+def test_annotations_of_one_value_that_contradict_are_both_named(fn: Any, solver: str) -> None:
+    places = r"test_bad_input\.py:(\d+) wants .*test_bad_input\.py:(\d+) wants"
+    with pytest.raises(autoshard.HintConflict, match=places):
+        plan(fn, X, mesh={"data": 8}, solver=solver)
+
+
+def test_an_annotation_that_contradicts_a_hint_on_the_argument() -> None:
+    both = r"(?=.*hints\['x'\] wants)(?=.*test_bad_input\.py:\d+ wants)"
+    with pytest.raises(autoshard.HintConflict, match=both):
+        plan(
+            lambda x: autoshard.annotate(x, "data", None) + 1,
+            X,
+            mesh={"data": 8},
+            hints={"x": P(None, "data")},
+        )
+
+
+def test_an_operation_between_two_annotations_makes_them_a_reshard() -> None:
+    def fn(x: Any) -> Any:
+        x = autoshard.annotate(x, "data", None)
+        return autoshard.annotate(x * 2, None, "data")
+
+    assert plan(fn, X, mesh={"data": 8}).out_shardings == P(None, "data")
+
+
+def test_annotations_of_one_value_may_complete_each_other() -> None:
+    def fn(x: Any) -> Any:
+        x = autoshard.annotate(x, "data", autoshard.OPEN)
+        return autoshard.annotate(x, autoshard.OPEN, "model")
+
+    assert plan(fn, X, mesh={"data": 4, "model": 2}).out_shardings == P("data", "model")
+
+
 def test_a_constraint_and_an_annotation_in_a_row_are_two_values_and_a_reshard() -> None:
     def fn(x: Any) -> Any:
         y = jax.lax.with_sharding_constraint(x * 2, jax.sharding.NamedSharding(mesh, P("data")))
@@ -318,6 +371,26 @@ def test_a_plan_with_any_field_damaged(text: str, value: Any) -> None:
         if type(value) is not type(held) and not number:
             with pytest.raises(PlanError, match=f"damaged: {name} of a Plan"):
                 Plan.from_json(json.dumps({**data, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mesh", [1]),
+        ("mesh", [["data", "8"]]),
+        ("mesh", [["data", 0]]),
+        ("mesh", [["data", 4], ["data", 2]]),
+        ("notes", [1]),
+        ("cluster", {}),
+        ("values", [["x"]]),
+        ("donated", [0.5]),
+        ("arguments", [{"name": "x"}]),
+        ("gap", True),
+    ],
+)
+def test_a_plan_damaged_inside_a_field(text: str, name: str, value: Any) -> None:
+    with pytest.raises(PlanError, match="damaged"):
+        Plan.from_json(json.dumps({**json.loads(text), name: value}))
 
 
 def test_a_plan_for_another_function_says_what_differs(text: str) -> None:

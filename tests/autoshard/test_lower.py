@@ -285,6 +285,20 @@ def test_keyword_and_static_arguments_work_as_in_jit() -> None:
     assert isinstance(step.lower(X, 3, mode="all", **options), jax.stages.Lowered)
 
 
+def test_a_method_takes_its_instance_first() -> None:
+    class Scale:
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+        @autoshard.parallelize(cluster="cpu:8", static_argnums=0)
+        def __call__(self, x: Any) -> Any:
+            return x * self.by
+
+    x = jnp.arange(16.0)
+    assert jnp.array_equal(Scale(2)(x), x * 2)
+    assert jnp.array_equal(Scale(3)(x), x * 3)
+
+
 def test_each_form_of_the_arguments_is_planned_once() -> None:
     traces = []
 
