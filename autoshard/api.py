@@ -17,7 +17,7 @@ import numpy as np
 
 from autoshard.devices import cluster_here
 from autoshard.lower import constrained
-from autoshard.mesh import device_mesh, named_sharding, partition_spec
+from autoshard.mesh import device_mesh, partition_spec
 from autoshard.placement import placed
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
@@ -330,10 +330,8 @@ def _check_arguments(
     jit_options: Mapping[str, Any],
 ) -> None:
     """A TypeError that names the argument, for what jit would refuse without naming it."""
-    static = jit_options.get("static_argnums") or ()
-    static = (static,) if isinstance(static, int) else tuple(static)
-    names = jit_options.get("static_argnames") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
+    static = _several(jit_options.get("static_argnums"), int)
+    names = _several(jit_options.get("static_argnames"), str)
     parameters = _parameter_names(fn)
     for i, arg in enumerate(args):
         name = parameters[i] if i < len(parameters) else f"args[{i}]"
@@ -342,6 +340,13 @@ def _check_arguments(
     for name, arg in kwargs.items():
         if name not in names:
             _check_leaves(name, arg)
+
+
+def _several(option: Any, one: type) -> tuple[Any, ...]:
+    """An option that jit takes as nothing, as one number or name, or as several."""
+    if option is None:
+        return ()
+    return (option,) if isinstance(option, one) else tuple(option)
 
 
 def _parameter_names(fn: Callable[..., Any]) -> list[str]:
@@ -403,10 +408,8 @@ class Parallelized:
         return self.plan(*args, **kwargs).lower()
 
     def _static(self) -> tuple[set[int], set[str]]:
-        numbers = self._options.get("static_argnums") or ()
-        names = self._options.get("static_argnames") or ()
-        numbers = {numbers} if isinstance(numbers, int) else set(numbers)
-        names = {names} if isinstance(names, str) else set(names)
+        numbers = set(_several(self._options.get("static_argnums"), int))
+        names = set(_several(self._options.get("static_argnames"), str))
         parameters = _parameter_names(self._fn)
         count = len(parameters)
         numbers = {n % count if n < 0 and count else n for n in numbers}
@@ -476,4 +479,3 @@ def parallelize(
 
 
 __all__ = ["Parallelized", "Plan", "parallelize", "plan"]
-_ = named_sharding
