@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from rich.console import Console
@@ -324,6 +325,26 @@ def test_state_goes_round_and_both_start_from_the_same() -> None:
     assert found.ok
     assert 0 < found.differences[0].largest < 2e-6
     assert not compare(step, sharded, (jax.numpy.ones(3),), [], 1, tolerance=1e-8).ok
+
+
+def test_what_is_only_rounding_may_differ_as_rounding_does() -> None:
+    def step(w: jax.Array, x: jax.Array) -> Any:
+        """A sum in bf16, one that is 0 but for rounding, and an exact one."""
+        short = (x.astype("bfloat16") @ w.astype("bfloat16")).astype("float32")
+        return short, jax.numpy.sum(jax.nn.softmax(x) - 1 / x.size), w * 2
+
+    def backwards(w: jax.Array, x: jax.Array) -> Any:
+        return (*step(w[::-1], x[::-1])[:2], w * 2)
+
+    def wrong(w: jax.Array, x: jax.Array) -> Any:
+        short, zero, twice = backwards(w, x)
+        return short * 1.2, zero, twice * 1.05
+
+    rng = np.random.default_rng(0)
+    args = tuple(np.float32(rng.normal(size=(2, 999))))
+    assert compare(step, jax.jit(backwards), args, [], 1).ok
+    found = compare(step, jax.jit(wrong), args, [], 1)
+    assert [d.path for d in found.differences if not d.ok] == ["result[0]", "result[2]"]
 
 
 def test_compare_shows_every_solver_once(command: Command) -> None:
