@@ -52,9 +52,9 @@ def jax_version() -> tuple[int, ...]:
     return tuple(int(p) for p in jax.__version__.split(".")[:3] if p.isdigit())
 
 
-def bind(eqn: Any, operands: Any) -> list[Any]:
-    """Apply an equation's primitive to new operands with its own parameters."""
-    found = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Any, operands: Any, params: Any = None) -> list[Any]:
+    """Apply an equation's primitive to new operands, with its own parameters or with others."""
+    found = eqn.primitive.get_bind_params(eqn.params if params is None else params)
     if isinstance(found, tuple):  # (sub-functions, parameters) before jax 0.10.2
         functions, params = found
         out = eqn.primitive.bind(*functions, *operands, **params)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from autoshard.island import island, needs_island
 from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts
 from autoshard.mesh import named_sharding
 from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
@@ -48,6 +49,7 @@ class _Emitter:
         self.mesh = plan.mesh_axes
         self.ops: Mapping[Path, Op] = {op.path: op for op in traced.graph.ops}
         self.reshards = {(r.op, r.operand): r for r in plan.reshards}
+        self.strategies = {op.id: op.strategy for op in plan.ops}
         self.shared: dict[tuple[int, int], Any] = {}
         self.twins = frozenset(traced.same.values())
         self.made_by: dict[Path, list[Any]] = {}  # results of equations that have a twin
@@ -150,7 +152,13 @@ class _Emitter:
         operands = self.wanted(op, operands)
         if name in _CLAMPED:
             operands = _within(eqn, operands)
-        outs = self.made(op, operands[:1] if name in _DROPPED else bind(eqn, operands))
+        if name in _DROPPED:
+            outs = operands[:1]
+        elif needs_island(eqn):
+            outs = island(eqn, op, self.strategies[op.id], operands, self.mesh, self.devices)
+        else:
+            outs = bind(eqn, operands)
+        outs = self.made(op, outs)
         if path in self.twins:
             self.made_by[path] = outs
         return outs

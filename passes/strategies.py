@@ -41,10 +41,12 @@ def value_choices(
 ) -> tuple[Axes, ...]:
     """All shardings of a value that divide it; replicated first, later axes varying fastest.
 
-    shape: a dim of length 0 or 1 is never split. partial: whether axes may stay partial.
+    shape: a dim of length 1 is never split, nor is any of a value without elements. partial:
+    whether axes may stay partial.
     """
+    dims = [] if 0 in shape else list(enumerate(shape))
     options = [
-        [BROADCAST, *(d for d, n in enumerate(shape) if n > 1 and n % size == 0 and size > 1)]
+        [BROADCAST, *(d for d, n in dims if n > 1 and n % size == 0 and size > 1)]
         + ([PARTIAL] if partial and size > 1 else [])
         for size in sizes
     ]

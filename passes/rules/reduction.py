@@ -1,11 +1,14 @@
 """What may a reduction split?  Every dim: a kept one for good, a reduced one leaving partials.
 
-The reduction's `op` says how partial results are put together: add, max, min, mul, and, or, xor
-with the plain collective of that name. `argmax` and `argmin` travel as (value, index) pairs, and
-`custom` stands for the user's own function, which XLA applies to the partial results it gathers.
+The reduction's `op` says how partial results are put together: add, max, min, mul, and, or with the
+plain collective of that name. `argmax` and `argmin` travel as (value, index) pairs. There is no
+collective for xor or the user's own function (XLA's CPU and GPU backends refuse one): what these
+reduce stays whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from passes.ir.graph import Signature
 from passes.ir.rule import Rule
@@ -21,7 +24,6 @@ _OPS = {
     "reduce_or": "or",
     "reduce_prod": "mul",
     "reduce_sum": "add",
-    "reduce_xor": "xor",
 }
 
 
@@ -38,14 +40,22 @@ def reduction(s: Signature) -> Rule:
     return f.rule([dims], [kept], linear=linear, flops=float(s.operands[0].size))
 
 
+@rule("reduce_xor")
+def reduce_xor(s: Signature) -> Rule:
+    """`i k -> i`, k whole."""
+    return _by_function(s, 1, s.params["axes"])
+
+
 @rule("reduce")
 def reduce(s: Signature) -> Rule:
     """Any number of arrays reduced together by the user's function, each from its start value."""
-    count = len(s.results)
-    axes = frozenset(s.params["dimensions"])
+    return _by_function(s, len(s.results), s.params["dimensions"])
+
+
+def _by_function(s: Signature, count: int, axes: Collection[int]) -> Rule:
     f = Factors()
     shape = s.operands[0].shape
-    dims = [f.reduction(n, "custom") if d in axes else f.parallel(n) for d, n in enumerate(shape)]
+    dims = [f.whole(n) if d in axes else f.parallel(n) for d, n in enumerate(shape)]
     kept = [dim for d, dim in enumerate(dims) if d not in axes]
     return f.rule(
         [dims] * count + [()] * (len(s.operands) - count),
