@@ -1,11 +1,15 @@
 """Which operations does XLA's partitioner get wrong, and how are they split without it?
 
-Seen with jax 0.10.2: a convolution whose space is split, or that has batch groups (the gradient of
-a grouped one's weights), comes out too large by the number of devices along any other mesh axis:
-the partitioner adds up what all of them have. And a Fourier transform of what was resharded has a
-layout that XLA's CPU backend refuses. Such an operation is emitted as a `shard_map` over these
-other axes, in which each device works on its own piece, as the rule says. Axes that split space
-stay with the partitioner, which sees no others then, and exchanges the halos.
+Seen with jax 0.10.2:
+* a convolution whose space is split, or that has batch groups (the gradient of a grouped one's
+  weights), comes out too large by the number of devices along any other mesh axis: the partitioner
+  adds up what all of them have;
+* a scatter of a single update to an array split there writes to wrong places: a device that does
+  not hold the place writes back what it holds, and reads that from the array before it was split;
+* a Fourier transform of what was resharded has a layout that XLA's CPU backend refuses.
+Such an operation is emitted as a `shard_map` over these other axes, in which each device works on
+its own piece, as the rule says. Axes that split space stay with the partitioner, which sees no
+others then.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from autoshard.jax_compat import bind
@@ -30,7 +35,16 @@ __all__ = ["island", "needs_island"]
 
 def needs_island(eqn: Any) -> bool:
     """Whether the partitioner is not to be trusted with this equation."""
-    return eqn.primitive.name in ("fft", "conv_general_dilated")
+    name = eqn.primitive.name
+    return name in ("fft", "conv_general_dilated") or _is_single_scatter(eqn)
+
+
+def _is_single_scatter(eqn: Any) -> bool:
+    """Whether one update is scattered, to one place: no dim of it counts updates."""
+    if eqn.primitive.name not in _COMBINED:
+        return False
+    numbers = eqn.params["dimension_numbers"]
+    return len(numbers.update_window_dims) == len(eqn.invars[2].aval.shape)
 
 
 def island(
@@ -46,8 +60,8 @@ def island(
     space = _spatial_factors(eqn, op.rule)
     auto = frozenset(n for n, f in zip(mesh.names, strategy, strict=True) if f in space)
     manual = frozenset(mesh.names) - auto
-    groups = int(eqn.params.get("batch_group_count", 1)) > 1
-    if not manual or not planned or (op.name != "fft" and not auto and not groups):
+    plain = op.name == "conv_general_dilated" and eqn.params["batch_group_count"] == 1
+    if not planned or not manual or (plain and not auto):
         return bind(eqn, operands)
     ins = [operand_axes(op.rule, k, strategy, mesh.sizes) for k in range(len(operands))]
     outs = [result_axes(op.rule, k, strategy, mesh.sizes) for k in range(len(eqn.outvars))]
@@ -68,6 +82,8 @@ def island(
     def one_device(*pieces: Any) -> list[Any]:
         local = [x.shape for x in pieces]
         params = local_params(eqn.primitive.name, eqn.params, shapes, local, made)
+        if op.name in _COMBINED:
+            return _written(eqn, pieces, params, ins[0], mesh)
         found = kept(bind(eqn, kept(pieces, ins), dict(params)), outs)
         return [
             lax.psum(x, summed) if (summed := _sums(axes, mesh, manual)) else x
@@ -88,15 +104,60 @@ def island(
 
 def _spatial_factors(eqn: Any, rule: Rule) -> frozenset[int]:
     """The factors of a convolution's spatial dims."""
-    numbers = eqn.params.get("dimension_numbers")
     if eqn.primitive.name != "conv_general_dilated":
         return frozenset()
+    numbers = eqn.params["dimension_numbers"]
     sides = (
         (rule.operands[0], numbers.lhs_spec),
         (rule.operands[1], numbers.rhs_spec),
         (rule.results[0], numbers.out_spec),
     )
     return frozenset(f for dims, places in sides for d in places[2:] for f in dims[d])
+
+
+def _written(
+    eqn: Any, pieces: Sequence[Any], params: Any, axes: Axes, mesh: PlannedMesh
+) -> list[Any]:
+    """A single update, written where this device holds its place, and nothing otherwise.
+
+    axes: how the array that is written to is split. All indices used are in range.
+    """
+    array, indices, update = pieces
+    numbers = params["dimension_numbers"]
+    window = iter(update.shape)
+    sizes = [1 if d in numbers.inserted_window_dims else next(window) for d in range(array.ndim)]
+    starts: list[Any] = [jnp.int32(0)] * array.ndim
+    here: Any = True
+    for d, index in zip(numbers.scatter_dims_to_operand_dims, indices, strict=True):
+        index = index.astype(jnp.promote_types(index.dtype, jnp.int32))
+        if params["mode"] == lax.GatherScatterMode.CLIP:
+            index = jnp.clip(index, 0, eqn.invars[0].aval.shape[d] - sizes[d])
+        local = index - _first_held(d, eqn.invars[0].aval.shape[d], axes, mesh)
+        starts[d] = jnp.clip(local, 0, array.shape[d] - sizes[d]).astype(jnp.int32)
+        here &= local == starts[d]
+    held = lax.dynamic_slice(array, starts, sizes)
+    combined = _COMBINED[eqn.primitive.name](held, update.reshape(sizes))
+    return [lax.dynamic_update_slice(array, jnp.where(here, combined, held), starts)]
+
+
+_COMBINED = {
+    "scatter": lambda held, update: update,
+    "scatter-add": lax.add,
+    "scatter-sub": lax.sub,
+    "scatter-mul": lax.mul,
+    "scatter-min": lax.min,
+    "scatter-max": lax.max,
+}
+
+
+def _first_held(dim: int, length: int, axes: Axes, mesh: PlannedMesh) -> Any:
+    """The first index along a dim that this device holds; earlier axes of a mesh are the outer."""
+    out: Any = 0
+    for name, e, n in zip(mesh.names, axes, mesh.sizes, strict=True):
+        if e == dim:
+            length //= n
+            out += lax.axis_index(name) * length
+    return out
 
 
 def _strategy_of(rule: Rule, planned: Sequence[tuple[str, str]], mesh: PlannedMesh) -> Strategy:

@@ -102,6 +102,10 @@ DIFFERENT: dict[str, str] = dict.fromkeys(
         "sum up the rows of its own groups.",
     "ragged_dot_general: batch by group":
         "The group sizes play no part in the result, and Shardy lets them be split as well.",
+    **dict.fromkeys(
+        ("reduce_xor", "reduce: the user's function", "reduce: two arrays together"),
+        "No collective reduces so: XLA's CPU and GPU backends refuse to compile one.",
+    ),
     "reshape: (0, 4) to (4, 0)": "Shardy gives no rule for an array without elements.",
     "rng_uniform": "Shardy has no rule for stablehlo.rng; it stays whole.",
     "scaled_dot: blocks of two":

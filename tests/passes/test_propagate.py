@@ -331,10 +331,13 @@ def chain_of(count: int) -> Graph:
     return parse_graph("\n".join(lines))
 
 
-def test_six_thousand_operations_take_well_under_a_second() -> None:
-    graph = chain_of(6000)
-    started = time.process_time()
-    result = propagate(graph, MESH)
-    seconds = time.process_time() - started
-    assert result.shardings[graph.inputs[0]].axes[0] == 0  # data came all the way up
-    assert seconds < 1.0
+def test_four_times_the_operations_take_about_four_times_as_long() -> None:
+    def seconds(count: int) -> float:
+        graph = chain_of(count)
+        started = time.process_time()
+        result = propagate(graph, MESH)
+        assert result.shardings[graph.inputs[0]].axes[0] == 0  # data came all the way up
+        return time.process_time() - started
+
+    ratios = sorted(seconds(6000) / seconds(1500) for _ in range(3))
+    assert ratios[1] < 8
