@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from autoshard.devices import cluster_here
+from autoshard.jit_options import check_arguments
 from autoshard.lower import constrained
 from autoshard.mesh import device_mesh, partition_spec
+from autoshard.parallelized import Parallelized
 from autoshard.placement import placed
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
 from cost_models.cluster import Cluster
 from cost_models.cluster import cluster as read_cluster
 from cost_models.units import parse_bytes
-from passes.hints import hints_for, path_of
+from passes.hints import hints_for
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
 from passes.ir.plan import PlanError
@@ -128,13 +128,15 @@ class Plan:
     def lower(self, devices: Sequence[Any] | jax.sharding.Mesh | None = None) -> jax.stages.Lowered:
         """The program for these devices: real ones, virtual ones, or a compile-only topology's.
 
-        Raises DevicesError when there are too few.
+        As from `jax.jit(fn).lower(*args)`, and static arguments left out. Raises DevicesError when
+        there are too few.
         """
         traced = self._bound("lower")
         mesh = self._device_mesh(devices)
-        jitted = self._jitted(traced, mesh)
         platform = mesh.devices.flat[0].platform
-        staged = jitted.trace(*map(_shape, traced.in_avals))
+        flat = map(_shape, traced.in_avals, self._in_named(mesh))
+        args, kwargs = jax.tree.unflatten(traced.in_tree, flat)
+        staged = self._jitted(traced, mesh).trace(*args, **kwargs)
         lowered: jax.stages.Lowered = staged.lower(lowering_platforms=(platform,))
         return lowered
 
@@ -154,7 +156,8 @@ class Plan:
                 raise TypeError(
                     f"the plan is for arguments of the form {traced.in_tree}, not {tree}"
                 )
-            return jax.tree.unflatten(traced.out_tree, compiled(*placed(traced, flat, shardings)))
+            args, kwargs = jax.tree.unflatten(tree, placed(traced, flat, shardings))
+            return compiled(*args, **kwargs)
 
         return call
 
@@ -192,21 +195,26 @@ class Plan:
         return tuple(jax.NamedSharding(mesh, partition_spec(t.spec)) for t in self.data.arguments)
 
     def _jitted(self, traced: Traced, mesh: jax.sharding.Mesh) -> Any:
+        """The planned function as jit would have it, arguments and results in their structure."""
         run = constrained(traced, self.data, mesh)
-        run.__name__ = traced.graph.name
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return jax.tree.unflatten(traced.out_tree, run(*jax.tree.leaves((args, kwargs))))
+
+        call.__name__ = call.__qualname__ = traced.graph.name
+        args, kwargs = jax.tree.unflatten(traced.in_tree, traced.donated)
+        results = [jax.NamedSharding(mesh, partition_spec(t.spec)) for t in self.data.results]
         return jax.jit(
-            run,
-            in_shardings=self._in_named(mesh),
-            out_shardings=[
-                jax.NamedSharding(mesh, partition_spec(t.spec)) for t in self.data.results
-            ],
-            donate_argnums=tuple(i for i, d in enumerate(traced.donated) if d),
+            call,
+            out_shardings=jax.tree.unflatten(traced.out_tree, results),
+            donate_argnums=tuple(i for i, x in enumerate(args) if any(jax.tree.leaves(x))),
+            donate_argnames=tuple(k for k, x in kwargs.items() if any(jax.tree.leaves(x))),
         )
 
 
-def _shape(aval: Any) -> jax.ShapeDtypeStruct:
+def _shape(aval: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     weak = bool(getattr(aval, "weak_type", False))
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak, sharding=sharding)
 
 
 def plan(
@@ -225,11 +233,12 @@ def plan(
     args: pytrees of arrays or jax.ShapeDtypeStruct. cluster: such as "cpu:8" or "tpu-v5e:4x4"; the
     devices jax has when omitted. mesh: axis sizes, or None to search. hints: path glob to
     PartitionSpec. memory_limit: bytes per device, or text such as "12GiB". solver: "ilp",
-    "propagate", "dp", "fsdp", "tp" or "fsdp+tp".
+    "propagate", "dp", "fsdp", "tp" or "fsdp+tp". A parallelized fn brings its own hints, static and
+    donated arguments.
 
     Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, ValueError, TypeError.
     """
-    options = {"donate_argnums": donate_argnums}
+    options = {} if donate_argnums == () else {"donate_argnums": donate_argnums}
     return _plan(fn, args, {}, options, cluster, mesh, hints, memory_limit, solver, progress)
 
 
@@ -255,7 +264,8 @@ def _plan(
     graph = traced.graph
     if traced.required_mesh is not None:
         fixed = _manual_mesh(traced, fixed, hardware)
-    wanted = (*graph.hints, *hints_for(graph, hints or {}))
+    own = fn.hints if isinstance(fn, Parallelized) else {}
+    wanted = (*graph.hints, *hints_for(graph, {**own, **(hints or {})}))
     limit = None if memory_limit is None else float(parse_bytes(memory_limit))
     found = search(
         graph,
@@ -309,7 +319,10 @@ def _traced(
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
 ) -> Traced:
-    _check_arguments(fn, args, kwargs, jit_options)
+    if isinstance(fn, Parallelized):
+        jit_options = {**fn.options, **jit_options}
+        fn = fn.fn
+    check_arguments(fn, args, kwargs, jit_options)
     traced = trace(fn, *args, **jit_options, **kwargs)
     graph, same = merge_same(traced.graph)
     return dataclasses.replace(traced, graph=drop_dead(graph), same=same)
@@ -321,126 +334,6 @@ def _donating(traced: Traced, donated: Sequence[int]) -> Traced:
     graph = dataclasses.replace(traced.graph, donated=frozenset(inputs[i] for i in donated))
     flags = tuple(i in set(donated) for i in range(len(inputs)))
     return dataclasses.replace(traced, graph=graph, donated=flags)
-
-
-def _check_arguments(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    jit_options: Mapping[str, Any],
-) -> None:
-    """A TypeError that names the argument, for what jit would refuse without naming it."""
-    static = _several(jit_options.get("static_argnums"), int)
-    names = _several(jit_options.get("static_argnames"), str)
-    parameters = _parameter_names(fn)
-    for i, arg in enumerate(args):
-        name = parameters[i] if i < len(parameters) else f"args[{i}]"
-        if i not in static and i - len(args) not in static and name not in names:
-            _check_leaves(name, arg)
-    for name, arg in kwargs.items():
-        if name not in names:
-            _check_leaves(name, arg)
-
-
-def _several(option: Any, one: type) -> tuple[Any, ...]:
-    """An option that jit takes as nothing, as one number or name, or as several."""
-    if option is None:
-        return ()
-    return (option,) if isinstance(option, one) else tuple(option)
-
-
-def _parameter_names(fn: Callable[..., Any]) -> list[str]:
-    try:
-        return list(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        return []
-
-
-def _check_leaves(name: str, tree: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, (bool, int, float, complex)):
-            continue
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or (
-            getattr(leaf, "dtype", None) == np.dtype(object)
-        ):
-            where = f"{name}{jax.tree_util.keystr(path)}"
-            raise TypeError(
-                f"argument {path_of(where)} is {type(leaf).__name__} {leaf!r:.60}, "
-                "which is no array: pass an array or a jax.ShapeDtypeStruct, or make it "
-                "static with parallelize(fn, static_argnames=...)"
-            )
-
-
-class Parallelized:
-    """What `parallelize` returns: plans on the first call of each argument form, and runs."""
-
-    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        functools.update_wrapper(self, fn)
-        self._fn = fn
-        self._options = dict(options)
-        self._plans: dict[Any, Plan] = {}
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run fn as planned on the devices jax has."""
-        key = self._key(args, kwargs)
-        if key not in self._compiled:
-            self._compiled[key] = self.plan(*args, **kwargs).compile()
-        args, kwargs = self._dynamic(args, kwargs)
-        return self._compiled[key](*args, **kwargs)
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """As a method it takes its instance first; make that static if it is no pytree."""
-        return self if instance is None else functools.partial(self, instance)
-
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these arguments, made once per form."""
-        key = self._key(args, kwargs)
-        if key not in self._plans:
-            names = ("donate_argnums", "static_argnums", "static_argnames")
-            jit_options = {k: self._options[k] for k in names if self._options.get(k) is not None}
-            rest = {k: v for k, v in self._options.items() if k not in names}
-            self._plans[key] = _plan(self._fn, args, kwargs, jit_options, **rest)
-        return self._plans[key]
-
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """The lowered program for these arguments, on the devices jax has."""
-        return self.plan(*args, **kwargs).lower()
-
-    def _static(self) -> tuple[set[int], set[str]]:
-        numbers = set(_several(self._options.get("static_argnums"), int))
-        names = set(_several(self._options.get("static_argnames"), str))
-        parameters = _parameter_names(self._fn)
-        count = len(parameters)
-        numbers = {n % count if n < 0 and count else n for n in numbers}
-        names |= {parameters[n] for n in numbers if n < count}
-        numbers |= {parameters.index(n) for n in names if n in parameters}
-        return numbers, names
-
-    def _dynamic(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        numbers, names = self._static()
-        return (
-            tuple(a for i, a in enumerate(args) if i not in numbers),
-            {k: v for k, v in kwargs.items() if k not in names},
-        )
-
-    def _key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        numbers, names = self._static()
-        dynamic, named = self._dynamic(args, kwargs)
-        leaves, tree = jax.tree.flatten((dynamic, named))
-        static = (
-            tuple((i, a) for i, a in enumerate(args) if i in numbers),
-            tuple(sorted((k, v) for k, v in kwargs.items() if k in names)),
-        )
-        return tree, tuple(map(_form, leaves)), static
-
-
-def _form(leaf: Any) -> Any:
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return tuple(leaf.shape), str(leaf.dtype), bool(getattr(leaf, "weak_type", False))
-    return type(leaf)
 
 
 def parallelize(
@@ -460,22 +353,22 @@ def parallelize(
 
     Plans at the first call for each form of the arguments, compiles, and keeps both.
     `step.plan(*args)` gives the plan, `step.lower(*args)` the program. Options as in `plan` and
-    `jax.jit`.
+    `jax.jit`. Traced by jax, as in `jax.grad(step)`, it is fn itself.
     """
-    options = {
-        "cluster": cluster,
-        "mesh": mesh,
-        "hints": hints,
+    named = {
         "donate_argnums": donate_argnums,
         "static_argnums": static_argnums,
         "static_argnames": static_argnames,
-        "memory_limit": memory_limit,
-        "solver": solver,
-        "progress": progress,
     }
-    if fn is None:
-        return lambda f: Parallelized(f, options)
-    return Parallelized(fn, options)
+    options = {name: given for name, given in named.items() if given not in (None, ())}
+
+    def make(step: Parallelized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        return _plan(step, args, kwargs, {}, cluster, mesh, hints, memory_limit, solver, progress)
+
+    def wrap(fn: Callable[..., Any]) -> Parallelized:
+        return Parallelized(fn, options, hints or {}, make)
+
+    return wrap if fn is None else wrap(fn)
 
 
 __all__ = ["Parallelized", "Plan", "parallelize", "plan"]

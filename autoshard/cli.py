@@ -8,7 +8,6 @@ differ; 2 the command or the user's code was wrong, in one sentence on stderr (`
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from autoshard import atomic_file, cli_tables
 from autoshard.cli_errors import Failure, failure
-from autoshard.cli_target import Job, load
+from autoshard.cli_target import TargetError, load
 from autoshard.progress import progress
 from autoshard.report import head
 
@@ -149,7 +148,8 @@ def run_command(
     from autoshard import same_numbers
     from autoshard.api import plan
 
-    fn, args = _job(target)
+    fn, args = load(target)
+    _check_runs(target, fn)
     args = same_numbers.fill(args)
     with progress("planning") as tell:
         found = plan(
@@ -245,7 +245,7 @@ def _plan(
         read_cluster(cluster) if cluster else None
     )  # before the target is loaded: it is quick
     axes, hints = _mesh(mesh), _hints(hint)
-    fn, args = _job(target)
+    fn, args = load(target)
     from autoshard.api import plan
 
     with progress("planning") as tell:
@@ -262,12 +262,16 @@ def _plan(
         )
 
 
-def _job(target: str) -> Job:
-    """The target's function and arguments; of a parallelized function the function itself."""
-    fn, args = load(target)
+def _check_runs(target: str, fn: Callable[..., Any]) -> None:
+    """TargetError for a function that `run` can not call beside its sharded form."""
     from autoshard.api import Parallelized
 
-    return inspect.unwrap(fn, stop=lambda f: not isinstance(f, Parallelized)), args
+    static = [k for k in ("static_argnums", "static_argnames") if k in getattr(fn, "options", ())]
+    if isinstance(fn, Parallelized) and static:
+        raise TargetError(
+            f"{target} has static arguments ({static[0]}), which run does not know; give them to "
+            "the function beforehand, as functools.partial does"
+        )
 
 
 def _mesh(text: str | None) -> dict[str, int] | None:

@@ -24,7 +24,7 @@ NO_PLAN, USER, OURS = 1, 2, 3
 _MEANT = (TargetError, ClusterError, HintConflict, HintError, MeshError, PlanError, OSError)
 _MEANT_BY_NAME = frozenset({"NoFeasiblePlan", "HintUnmet", "DevicesError"})
 # Where plain ValueErrors and TypeErrors are sentences for the user too.
-_CHECKS = frozenset({"api.py", "units.py"})
+_CHECKS = frozenset({"api.py", "jit_options.py", "units.py"})
 
 _PACKAGES = Path(__file__).parent.parent
 
