@@ -94,17 +94,17 @@ def compare(
             tell(f"step {step + 1} of {steps}")
         # Copies: the sharded step may take its arguments' memory.
         here = [_copied(x, device) for x in flat]
-        near = [_moved(x, unit) for x in here] if tolerance is None else []
         result, ours = _timed(sharded, jax.tree.unflatten(tree, flat))
         expected, theirs = _timed(plain, jax.tree.unflatten(tree, here))
         seconds.append((ours, theirs))
         outs = jax.tree_util.tree_leaves_with_path(result)
-        for k, ((_, x), y) in enumerate(zip(outs, jax.tree.leaves(expected), strict=True)):
-            worst[k] = max(worst.get(k, 0.0), difference(_host(x), _host(y)))
-        if near:
-            moved = jax.tree.leaves(plain(*jax.tree.unflatten(tree, near)))
-            for k, (x, y) in enumerate(zip(moved, jax.tree.leaves(expected), strict=True)):
-                noise[k] = max(noise.get(k, 0.0), difference(_host(x), _host(y)))
+        gaps = _gaps([x for _, x in outs], expected)
+        worst = {k: max(worst.get(k, 0.0), gap) for k, gap in enumerate(gaps)}
+        if tolerance is None and any(
+            gap > _allowed(x.dtype) for gap, (_, x) in zip(gaps, outs, strict=True)
+        ):
+            shaken = _noise(lambda flat: plain(*jax.tree.unflatten(tree, flat)), here, unit)
+            noise = {k: max(noise.get(k, 0.0), gap) for k, gap in enumerate(shaken)}
         for argument, given in state:
             flat[argument] = outs[given][1]
     found = [
@@ -114,6 +114,22 @@ def compare(
     found.sort(key=lambda d: (d.ok, -d.largest / d.tolerance if d.tolerance else -d.largest))
     medians = np.median(seconds[1:] or seconds, axis=0)
     return Comparison(tuple(found), float(medians[0]), float(medians[1]))
+
+
+def _gaps(ours: Any, theirs: Any) -> list[float]:
+    """The difference of each array of two results."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return [difference(_host(x), _host(y)) for x, y in pairs]
+
+
+def _noise(run: Callable[[list[Any]], Any], flat: list[Any], unit: float) -> list[float]:
+    """How far each result moves when every argument is rounded up or down.
+
+    A result that differs from itself is no function of the arguments: that is not rounding.
+    """
+    once, again, moved = run(flat), run(flat), run([_moved(x, unit) for x in flat])
+    own = zip(jax.tree.leaves(once), _gaps(once, again), _gaps(moved, once), strict=True)
+    return [0.0 if differs > _allowed(x.dtype) else gap for x, differs, gap in own]
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -225,13 +241,19 @@ def _difference(
     dtype = x.dtype
     allowed = tolerance
     if allowed is None:
-        allowed = 0.0
+        allowed = _allowed(dtype)
         if jnp.issubdtype(dtype, jnp.inexact):
-            parts = 2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1
-            allowed = _TOLERANCES.get(np.dtype(dtype).itemsize // parts, 0.25)
             allowed = max(allowed, _MARGIN * noise)
     finite = not jnp.issubdtype(dtype, jnp.inexact) or bool(jnp.isfinite(x).all())
     return Difference(f"result{jax.tree_util.keystr(path)}", _type(x), largest, allowed, finite)
+
+
+def _allowed(dtype: Any) -> float:
+    """The tolerance that suits a dtype."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return 0.0
+    parts = 2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1
+    return _TOLERANCES.get(np.dtype(dtype).itemsize // parts, 0.25)
 
 
 def _type(x: Any) -> str:
