@@ -123,6 +123,10 @@ class Plan:
                 f"this plan was made for another function or other shapes than "
                 f"{traced.graph.name}: {found}. Plan again for this one."
             )
+        sizes = [len(part) for part in (self.data.arguments, self.data.results, self.data.values)]
+        graph = traced.graph
+        if sizes != [len(part) for part in (graph.inputs, graph.outputs, graph.values)]:
+            raise PlanError(f"this plan is damaged: it does not say all about {graph.name}")
         return Plan(self.data, _donating(traced, self.data.donated))
 
     def lower(self, devices: Sequence[Any] | jax.sharding.Mesh | None = None) -> jax.stages.Lowered:

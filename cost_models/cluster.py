@@ -92,6 +92,8 @@ class Cluster:
     def __post_init__(self) -> None:
         if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in self.shape):
             raise ClusterError(f"{self}: sizes must be whole numbers above zero")
+        if not self.network:
+            raise ClusterError(f"{self}: a cluster has at least one level of network")
         if len(self.shape) != sum(level.dims for level in self.network):
             raise ClusterError(f"{self}: write it as {_forms(self.name, self.network)}")
         for level, sizes in zip(self.network, self.extents, strict=True):

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cost_models.cluster import Cluster
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
+from passes.ir.sharding import PARTIAL
+from passes.ir.text import hint_text
 
 VERSION = 2
 Axes = tuple[int, ...]
@@ -167,8 +170,7 @@ class Plan:
             )
         try:
             plan: Plan = _read(Plan, data)
-            Cluster.from_dict(plan.cluster)
-            assert plan.mesh_axes
+            _check(plan)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from None
         return plan
@@ -213,21 +215,64 @@ def _typed(wanted: Any, value: Any) -> Any:
         if len(parts) == len(value):
             return tuple(_typed(p, v) for p, v in zip(parts, value, strict=True))
     if get_origin(wanted) is Mapping and isinstance(value, dict):
+        return {k: v if parts[1] is Any else _typed(parts[1], v) for k, v in value.items()}
+    if get_origin(wanted) is Literal and value in parts:
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if type(value) is wanted or (wanted is float and number):
+    if (type(value) is wanted or (wanted is float and number)) and value == value:  # not NaN
         return value
     raise _Mistyped
 
 
+def _check(plan: Plan) -> None:
+    """ValueError where the parts of a plan, each well typed, do not belong together."""
+    cluster: Cluster = _read(Cluster, plan.cluster)
+    mesh = plan.mesh_axes
+    if mesh.devices != cluster.devices:
+        raise ValueError(
+            f"its mesh {mesh} has {mesh.devices} devices, its cluster {cluster} {cluster.devices}"
+        )
+    if fingerprint(plan.signature) != plan.fingerprint:
+        raise ValueError(f"its fingerprint {plan.fingerprint!r} is not that of its signature")
+    if not all(math.isfinite(x) for x in dataclasses.astuple(plan.cost)):
+        raise ValueError(f"its cost is no number: {plan.cost}")
+    for tensor in (*plan.arguments, *plan.results):
+        axes = [a for dim in tensor.spec for a in dim]
+        known = set(axes) <= set(mesh.names) and len(axes) == len(set(axes))
+        if not known or len(tensor.spec) != len(tensor.shape):
+            raise ValueError(
+                f"the spec {tensor.spec} of {tensor.name} does not fit shape {tensor.shape} on "
+                f"mesh {mesh}"
+            )
+    if not set(plan.donated) <= set(range(len(plan.arguments))):
+        raise ValueError(
+            f"donated {plan.donated} are not among its {len(plan.arguments)} arguments"
+        )
+    shardings = [*plan.values, *(s for r in plan.reshards for s in (*r.path, *r.through))]
+    for split in shardings:
+        if split is not None and (len(split) != len(mesh.names) or min(split) < PARTIAL):
+            raise ValueError(f"{split} is no sharding on mesh {mesh}")
+
+
 def signature_of(graph: Graph) -> tuple[str, ...]:
-    """One line per argument, operation and result: what must agree for a plan to fit."""
+    """What must agree for a plan to fit: arguments, operations with their rules, hints, results.
+
+    One line for each. Names of lines and files are left out: code may move.
+    """
     lines = [f"argument {graph.values[v].name}: {graph.values[v].type}" for v in graph.inputs]
+    rules: dict[int, str] = {}
     for op in graph.ops:
         ins = ",".join(f"{v}" for v in op.inputs)
         outs = ",".join(f"{v}:{graph.values[v].type}" for v in op.outputs)
-        lines.append(f"{op.name} {ins} -> {outs}")
-    lines.append("results " + ",".join(map(str, graph.outputs)))
+        if id(op.rule) not in rules:  # many operations share one rule
+            rules[id(op.rule)] = str(op.rule)
+        lines.append(f"{op.name} {ins} -> {outs}  {rules[id(op.rule)]}")
+    lines += [f"{r.kind} of {r.trips:g} trips from {r.begin} to {r.end}" for r in graph.regions[1:]]
+    for hint in graph.hints:
+        strength = f"{'hard' if hint.hard else 'soft'}, priority {hint.priority}"
+        lines.append(f"hint {hint.value} {hint_text(hint)} {strength}")
+    names = [*graph.output_names, *([""] * len(graph.outputs))]
+    lines += [f"{name} {v}" for name, v in zip(names, graph.outputs, strict=False)]
     return tuple(lines)
 
 

@@ -393,6 +393,70 @@ def test_a_plan_damaged_inside_a_field(text: str, name: str, value: Any) -> None
         Plan.from_json(json.dumps({**json.loads(text), name: value}))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("mesh", 0, 1), 4, "its mesh data=4 has 4 devices, its cluster cpu:8 8"),
+        (("fingerprint",), "0" * 16, "is not that of its signature"),
+        (("signature", 0), "argument y: f32[8,16]", "is not that of its signature"),
+        (("arguments", 0, "spec"), [], r"the spec \(\) of x does not fit shape \(8, 16\)"),
+        (("arguments", 0, "spec"), [["dta"], []], "of x does not fit .* on mesh data=8"),
+        (("arguments", 0, "spec"), [["data"], ["data"]], "of x does not fit"),
+        (("donated",), [2], r"donated \(2,\) are not among its 2 arguments"),
+        (("values", 0), [0, 0], r"\(0, 0\) is no sharding on mesh data=8"),
+        (("cost", "step_time"), float("nan"), "step_time of a Cost can not be nan"),
+        (("cost", "comm_time"), float("inf"), "its cost is no number"),
+        (("cluster", "network"), [], "at least one level of network"),
+        (("cluster", "chip", "hbm_bytes"), "much", "hbm_bytes of a Chip can not be 'much'"),
+        (("cluster", "platform"), "abacus", "platform of a Cluster can not be 'abacus'"),
+    ],
+)
+def test_a_plan_edited_by_hand(text: str, path: tuple[Any, ...], value: Any, words: str) -> None:
+    data = json.loads(text)
+    part = data
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(PlanError, match=f"damaged: .*{words}"):
+        Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("part", ["arguments", "results", "values"])
+def test_a_plan_that_lacks_a_part_is_not_bound(text: str, part: str) -> None:
+    data = json.loads(text)
+    data[part] = data[part][:-1]
+    with pytest.raises(PlanError, match="damaged: it does not say all about product"):
+        Plan.from_json(json.dumps(data), product, X, W)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (
+            lambda x: x.sum(0),
+            lambda x: x.sum(1),
+            r"reduce_sum .* i j -> j .*, the function .* -> i ",
+        ),
+        (
+            lambda x: autoshard.annotate(x + 1, "data", None),
+            lambda x: autoshard.annotate(x + 1, None, "data"),
+            r"hint 3 \[data, .\] hard, priority 0`, the function has `hint 3 \[., data\]",
+        ),
+        (
+            lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x * 2, x),
+            lambda x: jax.lax.fori_loop(0, 5, lambda i, x: x * 2, x),
+            "scan of 3 trips .* the function has `scan of 5 trips",
+        ),
+        (lambda x: (x, x + 1), lambda x: {"a": x, "b": x + 1}, r"result\[0\] .*result\['a'\]"),
+    ],
+)
+def test_what_the_same_types_hide_is_in_the_fingerprint(one: Any, other: Any, words: str) -> None:
+    text = plan(one, W, mesh={"data": 8}).to_json()
+    Plan.from_json(text, one, W)
+    with pytest.raises(PlanError, match=words):
+        Plan.from_json(text, other, W)
+
+
 def test_a_plan_for_another_function_says_what_differs(text: str) -> None:
     with pytest.raises(PlanError, match=r"dot_general.*the function has `reduce_sum"):
         Plan.from_json(text, lambda x, w: x + w.sum(), X, W)
