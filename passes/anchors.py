@@ -107,10 +107,12 @@ def _check_names(graph: Graph, said: Sequence[tuple[Hint, tuple[Axes | None, ...
 
 def describe(graph: Graph, value: int) -> str:
     """A value as the user knows it: `params['w'], f32[8,16]`, `the result of dot (a.py:3), ...`."""
+    producer = next((op for op in graph.ops if value in op.outputs), None)
+    if producer is not None and producer.name == ANNOTATE:
+        return describe(graph, producer.inputs[0])
     v = graph.values[value]
     if v.name and v.kind != "literal":
         return f"{v.name}, {v.type}"
-    producer = next((op for op in graph.ops if value in op.outputs), None)
     if producer is None:
         return f"a {v.kind}, {v.type}"
     where = f" ({producer.source})" if producer.source else ""

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from cost_models.cluster import Cluster
 from cost_models.topology import lay
 from cost_models.units import format_bytes
+from passes.anchors import anchors
 from passes.assemble import assemble, cost_of
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
 from passes.decisions import Decisions, decide
+from passes.hints import HintError
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Plan
@@ -73,7 +75,7 @@ def search(
 
     state: (input, output) pairs in which the output takes the input's place at the next step; they
     get one sharding, and share memory where the input is donated. memory_limit: bytes per device,
-    None for the cluster's. Raises NoFeasiblePlan.
+    None for the cluster's. Raises NoFeasiblePlan, and HintError when hints fit none of the meshes.
     """
     limit = cluster.memory_limit if memory_limit is None else memory_limit
     tied = replace(graph, ties=(*graph.ties, *state))
@@ -93,14 +95,22 @@ def search(
     tell = progress or (lambda _: None)
     answers: list[tuple[Priced, Solution]] = []
     lost: list[Alternative] = []
+    unfit: list[HintError] = []
     for m in meshes:
         tell(f"mesh {m}")
-        priced, solution, others = _on_mesh(setting, m, batch, solver)
+        try:
+            priced, solution, others = _on_mesh(setting, m, batch, solver)
+        except HintError as error:
+            unfit.append(error)
+            lost.append(Alternative(solver, _axes(m), None, "breaks a hint"))
+            continue
         lost += others
         if solution.choice:
             answers.append((priced, solution))
         else:
             lost.append(Alternative(solver, _axes(m), None, _why(priced.problem, solution)))
+    if len(unfit) == len(meshes):
+        raise unfit[0]
     if not answers:
         raise NoFeasiblePlan(_message(setting, lost))
     answers.sort(key=lambda a: a[1].cost + a[0].constant * 1e12)
@@ -116,7 +126,8 @@ def search(
 def _on_mesh(
     setting: Setting, mesh: Mesh, batch: Sequence[int], solver: str
 ) -> tuple[Priced, Solution, list[Alternative]]:
-    """The answer on one mesh, with the baselines on it."""
+    """The answer on one mesh, with the baselines on it; HintError where a hint does not fit it."""
+    anchors(setting.graph, mesh, setting.hints)  # its words are the clearest
     priced = price(
         setting.graph, mesh, setting.cluster, setting.decisions, setting.live, setting.limit
     )

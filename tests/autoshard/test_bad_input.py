@@ -89,8 +89,20 @@ def test_no_spec(spec: Any) -> None:
 
 
 def test_a_mesh_axis_that_does_not_divide_a_hinted_dim() -> None:
-    with pytest.raises(autoshard.HintError, match=r"x.*f32\[7,3\].*data=8.*hints\['x'\]"):
+    words = (
+        r"hints\['x'\]: dim 0 of x, f32\[7,3\] has length 7, which data=8 does not divide; use a"
+    )
+    with pytest.raises(autoshard.HintError, match=words):
         plan(lambda x: x + 1, shape(7, 3), mesh={"data": 8}, hints={"x": P("data")})
+
+
+def test_a_search_leaves_out_the_meshes_that_a_hint_does_not_fit() -> None:
+    made = plan(lambda x: x + 1, shape(4, 3), hints={"x": P("data")})
+    assert made.mesh["data"] == 4
+    lost = [a for a in made.alternatives if a.mesh == (("data", 8),)]
+    assert [(a.cost, a.note) for a in lost] == [(None, "breaks a hint")]
+    with pytest.raises(autoshard.HintError, match="which data=8 does not divide"):
+        plan(lambda x: x + 1, shape(7, 3), hints={"x": P("data")})
 
 
 @pytest.mark.parametrize(
