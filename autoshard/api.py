@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from autoshard.devices import cluster_here
 from autoshard.jit_options import check_arguments
@@ -155,12 +156,7 @@ class Plan:
 
         @functools.wraps(Plan.compile)
         def call(*args: Any, **kwargs: Any) -> Any:
-            flat, tree = jax.tree.flatten((args, kwargs))
-            if tree != traced.in_tree:
-                raise TypeError(
-                    f"the plan is for arguments of the form {traced.in_tree}, not {tree}"
-                )
-            args, kwargs = jax.tree.unflatten(tree, placed(traced, flat, shardings))
+            args, kwargs = placed(traced, args, kwargs, shardings)
             return compiled(*args, **kwargs)
 
         return call
@@ -169,8 +165,7 @@ class Plan:
         """The arguments as the plan wants them on the devices."""
         traced = self._bound("place")
         shardings = self._in_named(self._device_mesh(devices))
-        flat, tree = jax.tree.flatten((args, kwargs))
-        out_args, out_kwargs = jax.tree.unflatten(tree, placed(traced, flat, shardings))
+        out_args, out_kwargs = placed(traced, args, kwargs, shardings)
         return (out_args, out_kwargs) if out_kwargs else out_args
 
     def __str__(self) -> str:
@@ -297,7 +292,8 @@ def _mesh(mesh: Mapping[str, int] | None, cluster: Cluster) -> Mesh | None:
         return None
     if not isinstance(mesh, Mapping):
         raise TypeError(f"mesh is a mapping such as {{'data': 4, 'model': 2}}, not {mesh!r}")
-    out = Mesh.of(mesh)
+    # numpy's whole numbers too, so that a size may be computed
+    out = Mesh.of({n: int(s) if isinstance(s, np.integer) else s for n, s in mesh.items()})
     if out.devices != cluster.devices:
         raise ValueError(
             f"mesh {out} has {out.devices} devices, but the cluster {cluster} has {cluster.devices}"

@@ -19,7 +19,7 @@ from passes.ir.sharding import Sharding
 
 
 class DevicesError(ValueError):
-    """Too few devices for a mesh."""
+    """Devices that can not form a mesh: too few, one of them twice, or no devices at all."""
 
 
 def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
@@ -27,7 +27,7 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
 
     TPU devices are put in the order of their place in the torus, as the cost model assumes.
     """
-    found = list(jax.devices() if devices is None else np.asarray(devices, dtype=object).flat)
+    found = _checked(jax.devices() if devices is None else devices)
     if len(found) < mesh.devices:
         raise DevicesError(
             f"the plan's mesh {mesh} needs {mesh.devices} devices, but only {len(found)} are here; "
@@ -37,6 +37,18 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
     found = found[: mesh.devices]
     types = (AxisType.Auto,) * len(mesh.names)
     return jax.sharding.Mesh(_grid(found, mesh.sizes), mesh.names, axis_types=types)
+
+
+def _checked(devices: Any) -> list[Any]:
+    """The devices in a list; DevicesError for what is no device, and for one given twice."""
+    found = list(np.asarray(devices, dtype=object).flat)
+    for d in found:
+        if not (hasattr(d, "platform") and hasattr(d, "id")):
+            raise DevicesError(f"{d!r:.60} is no device; give a list such as jax.devices()[:8]")
+    if len(set(found)) < len(found):
+        twice = next(d for k, d in enumerate(found) if d in found[:k])
+        raise DevicesError(f"device {twice} is given twice; a mesh has each device once")
+    return found
 
 
 def _grid(devices: list[Any], sizes: tuple[int, ...]) -> Any:

@@ -6,7 +6,7 @@ jax makes of them; nothing else is cast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +18,51 @@ from passes.hints import path_of
 from passes.ir.graph import Value
 
 
-def placed(traced: Traced, flat: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-    """Flat arguments on the devices, as the plan wants them.
+def placed(
+    traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any], shardings: Sequence[Any]
+) -> Any:
+    """(args, kwargs) on the devices, as the plan wants them. shardings: per flat argument.
 
-    One that lies so already is given back itself; TypeError for one of another type or shape.
+    One that lies so already is given back itself; TypeError for one of another type or shape, and
+    where there are others than planned.
     """
+    flat, tree = jax.tree.flatten((args, kwargs))
+    if tree != traced.in_tree:
+        raise TypeError(_other_form(traced, args, kwargs))
     values = [traced.graph.values[v] for v in traced.graph.inputs]
-    return [
+    found = [
         _place(x, sharding, aval, value)
         for x, sharding, aval, value in zip(flat, shardings, traced.in_avals, values, strict=True)
+    ]
+    return jax.tree.unflatten(tree, found)
+
+
+def _other_form(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """How the arguments differ in structure from the planned ones."""
+    planned = _paths(*jax.tree.unflatten(traced.in_tree, traced.in_avals))
+    given = _paths(args, kwargs)
+    parts = [
+        f"{word} {', '.join(found[:3])}{', ..' if len(found) > 3 else ''}"
+        for word, found in (
+            ("without", [p for p in planned if p not in given]),
+            ("with", [p for p in given if p not in planned]),
+        )
+        if found
+    ]
+    said = " and ".join(parts) or f"{jax.tree.structure((args, kwargs))}, not {traced.in_tree}"
+    return (
+        f"{traced.graph.name} is called with arguments of another form than planned: {said}. Give each argument "
+        "by place or by name as to plan, without static ones, or plan again for these"
+    )
+
+
+def _paths(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """`args[0]/w` for an array given by place, `x/w` for one given by name."""
+    named = {**{f"args[{k}]": x for k, x in enumerate(args)}, **kwargs}
+    return [
+        path_of(f"{name}{jax.tree_util.keystr(path)}")
+        for name, tree in named.items()
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 
 KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
 KiB, MiB, GiB, TiB = 2**10, 2**20, 2**30, 2**40
@@ -60,7 +61,8 @@ def parse_bytes(text: str | float) -> int:
         except ValueError:  # "1.2.3GB"
             number = math.nan
     else:
-        number = math.nan if isinstance(text, bool) else float(text)
+        is_number = isinstance(text, Real) and not isinstance(text, bool)
+        number = float(text) if is_number else math.nan
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(
             f"cannot read {text!r} as a number of bytes; write 16GB (16 * 10^9), 15.75GiB "

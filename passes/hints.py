@@ -25,7 +25,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, Final
 
@@ -166,10 +166,12 @@ def hints_for(graph: Graph, hints: Mapping[str, Any]) -> tuple[Hint, ...]:
     return tuple(hint for glob, spec in hints.items() for hint in _for_glob(graph, glob, spec))
 
 
-def _for_glob(graph: Graph, glob: str, spec: Any) -> Iterator[Hint]:
+def _for_glob(graph: Graph, glob: Any, spec: Any) -> Iterator[Hint]:
     origin = f"hints[{glob!r}]"
+    if not isinstance(glob, str):
+        raise HintError(f"{origin}: {glob!r} is no glob; write the path of arguments as text")
     entries = parse_spec(spec) if isinstance(spec, str) else spec
-    if not isinstance(entries, Iterable):
+    if not isinstance(entries, Iterable) or isinstance(entries, Mapping | Set):
         raise HintError(f"{origin}: {spec!r} is no spec; write a PartitionSpec or a tuple")
     entries = tuple(entries)
     arguments = _arguments(graph)

@@ -213,6 +213,11 @@ def test_what_is_no_cluster_no_mesh_and_no_hints() -> None:
         plan(product, X, W, mesh={"data": 0})
 
 
+def test_the_size_of_a_mesh_axis_may_be_a_number_of_numpy() -> None:
+    made = plan(product, X, W, mesh={"data": np.int64(4), "model": np.int32(2)})
+    assert Plan.from_json(made.to_json()).mesh == {"data": 4, "model": 2}
+
+
 def test_a_mesh_that_does_not_match_the_cluster() -> None:
     with pytest.raises(ValueError, match="mesh data=4 has 4 devices, but the cluster cpu:8 has 8"):
         plan(product, X, W, mesh={"data": 4})
@@ -242,7 +247,9 @@ def test_impossible_memory() -> None:
     assert plan(two, params, shape(8, 4096), memory_limit="18MiB").cost.peak_memory < 18 * 2**20
 
 
-@pytest.mark.parametrize("limit", ["lots", -1, "12 parsecs"])
+@pytest.mark.parametrize(
+    "limit", ["lots", -1, "12 parsecs", "", float("nan"), float("inf"), [1], True]
+)
 def test_what_is_no_memory_limit(limit: Any) -> None:
     with pytest.raises(ValueError, match="number of bytes; write 16GB"):
         plan(product, X, W, memory_limit=limit)
@@ -311,6 +318,20 @@ def test_calling_with_what_was_not_planned() -> None:
     np.testing.assert_array_equal(call(X.astype(np.float64), W), X @ W)  # as jit: 64 bit become 32
 
 
+def test_calling_in_another_form_than_planned() -> None:
+    call = plan(two, {"wq": W, "wk": W}, X).compile()
+    for args, kwargs, words in (
+        (({"wq": W, "wk": W},), {"x": X}, "without args/1 and with x. Give each"),
+        (({"wq": W},), {}, "without args/0/wk, args/1. Give each"),
+        (({"wq": W, "wk": [W, W]}, X), {}, "without args/0/wk and with args/0/wk/0, args/0/wk/1."),
+        (({"wq": W, "wk": W, "wv": None}, X), {}, "PyTreeDef"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"two is called with arguments of another form than planned: .*{words}"
+        ):
+            call(*args, **kwargs)
+
+
 def test_python_numbers_take_the_planned_type_only_where_jit_would() -> None:
     call = plan(lambda a, b: a + b, np.float32(1), np.int32(1)).compile()
     assert call(True, 2) == 3
@@ -323,6 +344,22 @@ def test_too_few_devices() -> None:
     made = plan(product, X, W)
     with pytest.raises(autoshard.DevicesError, match="needs 8 devices, but only 4 are here"):
         made.compile(jax.devices()[:4])
+
+
+@pytest.mark.parametrize(
+    ("devices", "words"),
+    [
+        (8, "8 is no device; give a list such as jax.devices"),
+        ("cpu", "'cpu' is no device"),
+        (list(range(8)), "0 is no device"),
+        ("twice", "is given twice; a mesh has each device once"),
+    ],
+)
+def test_what_are_no_devices(devices: Any, words: str) -> None:
+    if devices == "twice":
+        devices = [jax.devices()[0]] * 8
+    with pytest.raises(autoshard.DevicesError, match=words):
+        plan(product, X, W).lower(devices)
 
 
 # Plans as JSON

@@ -150,6 +150,8 @@ def test_specs_as_text() -> None:
         ((..., ...), "may stand in one place only"),
         ((..., "a", None, None), "3 entries|4 entries"),
         (7, "7 is no spec"),
+        ({"data": 0}, "is no spec"),
+        ({"data"}, "is no spec"),
     ],
 )
 def test_specs_that_can_not_be(spec: object, said: str) -> None:
@@ -200,6 +202,11 @@ def test_a_spec_too_long_for_one_of_a_group_names_that_one() -> None:
 def test_a_glob_that_matches_nothing_names_what_is_near(glob: str, said: str) -> None:
     with pytest.raises(HintError, match=said):
         hints(("x",), glob)
+
+
+def test_a_glob_is_text() -> None:
+    with pytest.raises(HintError, match=r"hints\[3\]: 3 is no glob"):
+        hints_for(GRAPH, {3: ("x",)})  # type: ignore[dict-item]
 
 
 def test_no_arguments_at_all() -> None:
