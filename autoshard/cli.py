@@ -8,6 +8,7 @@ differ; 2 the command or the user's code was wrong, in one sentence on stderr (`
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,16 @@ app = typer.Typer(
     epilog="TARGET is file.py:name or package.module:name; name() gives back (fn, args).",
 )
 
-Target = Annotated[str, typer.Argument(help="file.py:name or package.module:name")]
+Target = Annotated[
+    str, typer.Argument(help="file.py:name or package.module:name", metavar="TARGET")
+]
 OnCluster = Annotated[
     str | None,
-    typer.Option("--cluster", help="such as tpu-v5e:4x4, h100:2x8, cpu:8; else the devices here"),
+    typer.Option(
+        "--cluster",
+        help="such as tpu-v5e:4x4, h100:2x8, cpu:8; else the devices here",
+        metavar="CLUSTER",
+    ),
 ]
 OnMesh = Annotated[
     str | None, typer.Option("--mesh", help="fix the mesh: data=4,model=4", metavar="AXES")
@@ -48,11 +55,21 @@ Hints = Annotated[
     list[str] | None,
     typer.Option("--hint", help="'params/**/wq=None,model'; may be repeated", metavar="GLOB=SPEC"),
 ]
-Solver = Annotated[str, typer.Option("--solver", help="ilp, propagate, dp, fsdp, tp or fsdp+tp")]
-Limit = Annotated[str | None, typer.Option("--memory-limit", help="of each device, such as 12GiB")]
+Solver = Annotated[
+    str,
+    typer.Option("--solver", help="ilp, propagate, dp, fsdp, tp or fsdp+tp", metavar="SOLVER"),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option("--memory-limit", help="of each device, such as 12GiB", metavar="BYTES"),
+]
 Donate = Annotated[
     list[int] | None,
-    typer.Option("--donate", help="argument number whose memory the results may take; repeatable"),
+    typer.Option(
+        "--donate",
+        help="number of an argument whose memory the results may take; may be repeated",
+        metavar="NUMBER",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of an error")]
 
@@ -109,8 +126,8 @@ def plan_command(
 ) -> int:
     """Find the best plan and print it on one screen."""
     del debug
-    if json is not None and not json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"cannot write {json}: there is no folder {json.parent}")
+    if json is not None:
+        _check_writable(json)
     found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate)
     if json is not None:
         atomic_file.write(json, found.to_json())
@@ -127,8 +144,12 @@ def plan_command(
 @_command
 def run_command(
     target: Target,
-    cluster: OnCluster = "cpu:8",
-    steps: Annotated[int, typer.Option("--steps", help="how often to run it", min=1)] = 1,
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="devices of this machine", metavar="CLUSTER")
+    ] = "cpu:8",
+    steps: Annotated[
+        int, typer.Option("--steps", help="how often to run it", min=1, metavar="NUMBER")
+    ] = 1,
     mesh: OnMesh = None,
     hint: Hints = None,
     solver: Solver = "ilp",
@@ -136,7 +157,12 @@ def run_command(
     donate: Donate = None,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="largest relative difference; else by dtype", min=0.0),
+        typer.Option(
+            "--tolerance",
+            help="largest relative difference; else by dtype",
+            min=0.0,
+            metavar="NUMBER",
+        ),
     ] = None,
     debug: Debug = False,
 ) -> int:
@@ -197,7 +223,9 @@ def compare_command(
 @_command
 def explain_command(
     target: Target,
-    glob: Annotated[str, typer.Argument(help="'params/**/wq', or a source line: train.py:14")],
+    glob: Annotated[
+        str, typer.Argument(help="'params/**/wq', or a source line: train.py:14", metavar="GLOB")
+    ],
     cluster: OnCluster = None,
     mesh: OnMesh = None,
     hint: Hints = None,
@@ -219,7 +247,7 @@ def explain_command(
 @_command
 def clusters_command(
     name: Annotated[
-        str | None, typer.Argument(help="one of them, such as h100 or tpu-v5e:4x4")
+        str | None, typer.Argument(help="one of them, such as h100 or tpu-v5e:4x4", metavar="NAME")
     ] = None,
     debug: Debug = False,
 ) -> int:
@@ -241,9 +269,8 @@ def _plan(
     """Load the target and plan it."""
     from cost_models.cluster import cluster as read_cluster
 
-    hardware = (
-        read_cluster(cluster) if cluster else None
-    )  # before the target is loaded: it is quick
+    # Before the target is loaded: it is quick.
+    hardware = None if cluster is None else read_cluster(cluster)
     axes, hints = _mesh(mesh), _hints(hint)
     fn, args = load(target)
     from autoshard.api import plan
@@ -260,6 +287,16 @@ def _plan(
             solver=solver,
             progress=tell,
         )
+
+
+def _check_writable(file: Path) -> None:
+    """OSError for a file that can not be written, before planning takes its time."""
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise IsADirectoryError(f"cannot write {file}: it is a folder; give the name of a file")
+    if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {file}: the folder {file.parent} is not writable")
 
 
 def _check_runs(target: str, fn: Callable[..., Any]) -> None:
@@ -290,6 +327,8 @@ def _hints(texts: list[str] | None) -> dict[str, Any]:
             raise HintError(
                 f"cannot read --hint {text!r}; write GLOB=SPEC: 'params/**/wq=None,model'"
             )
+        if glob in out and out[glob] != parse_spec(spec):
+            raise HintError(f"--hint {glob!r} is given twice, with different specs; remove one")
         out[glob] = parse_spec(spec)
     return out
 

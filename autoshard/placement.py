@@ -51,8 +51,8 @@ def _other_form(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ]
     said = " and ".join(parts) or f"{jax.tree.structure((args, kwargs))}, not {traced.in_tree}"
     return (
-        f"{traced.graph.name} is called with arguments of another form than planned: {said}. Give each argument "
-        "by place or by name as to plan, without static ones, or plan again for these"
+        f"{traced.graph.name} is called with arguments of another form than planned: {said}. Give "
+        "each by place or by name as to plan, without static ones, or plan again for these"
     )
 
 

@@ -235,9 +235,11 @@ def _forms(name: str, levels: tuple[Level, ...]) -> str:
 def _unknown(name: str) -> str:
     """The message for a name nobody knows: near ones, all, and how to add one."""
     known = names()
+    others = cluster_file.aliases()
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    close += [k for k in known if name.lower() in k and k not in close]
-    near = f"Near it: {', '.join(close)}. " if close else ""
+    close += [others[n] for n in difflib.get_close_matches(name.lower(), others, n=3, cutoff=0.6)]
+    close += [k for k in known if name.lower() and name.lower() in k]
+    near = f"Near it: {', '.join(list(dict.fromkeys(close))[:3])}. " if close else ""
     return (
         f"no cluster is called {name!r}. {near}The catalogue has {', '.join(known)}. To add one, "
         f"copy a file of {cluster_file.CATALOGUE}, change its numbers, and give its path: "

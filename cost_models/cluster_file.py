@@ -89,13 +89,13 @@ def names() -> tuple[str, ...]:
 def catalogue_file(name: str) -> Path | None:
     """The catalogue's file for this name or alias (`v5e` for `tpu-v5e`), or None."""
     wanted = name.strip().lower()
-    if wanted in names():
-        return CATALOGUE / f"{wanted}.toml"
-    for known in names():
-        file = CATALOGUE / f"{known}.toml"
-        if wanted in read(file)["aliases"]:
-            return file
-    return None
+    known = wanted if wanted in names() else aliases().get(wanted)
+    return CATALOGUE / f"{known}.toml" if known else None
+
+
+def aliases() -> dict[str, str]:
+    """The catalogue's other names for its clusters, and what each stands for."""
+    return {a: name for name in names() for a in read(CATALOGUE / f"{name}.toml")["aliases"]}
 
 
 def by_device_kind(kind: str) -> str | None:

@@ -321,7 +321,7 @@ def test_calling_with_what_was_not_planned() -> None:
 def test_calling_in_another_form_than_planned() -> None:
     call = plan(two, {"wq": W, "wk": W}, X).compile()
     for args, kwargs, words in (
-        (({"wq": W, "wk": W},), {"x": X}, "without args/1 and with x. Give each"),
+        (({"wq": W, "wk": W},), {"x": X}, "without args/1 and with x. Give"),
         (({"wq": W},), {}, "without args/0/wk, args/1. Give each"),
         (({"wq": W, "wk": [W, W]}, X), {}, "without args/0/wk and with args/0/wk/0, args/0/wk/1."),
         (({"wq": W, "wk": W, "wv": None}, X), {}, "PyTreeDef"),

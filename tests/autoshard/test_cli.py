@@ -51,6 +51,9 @@ def job():
 def decorated():
     return autoshard.parallelize(step, cluster="cpu:8"), job()[1]
 
+def static():
+    return autoshard.parallelize(lambda x, n: x * n, static_argnums=1), (shape(8), 3)
+
 def keys():
     def draw(key, count):
         return jax.random.uniform(key, (8,)) * count, jax.random.split(key)[0], count > 0
@@ -208,6 +211,11 @@ def test_json_to_a_folder_that_is_not_there(command: Command) -> None:
         (["plan", "targets.py:job", "--mesh", "data=3"], "mesh data=3 has 3 devices"),
         (["plan", "targets.py:job", "--mesh", "data"], "cannot read 'data' as a mesh axis"),
         (["plan", "targets.py:job", "--hint", "x"], "write GLOB=SPEC"),
+        (["plan", "targets.py:job", "--hint", "x=data", "--hint", "x=None,data"], "is given twice"),
+        (["plan", "targets.py:job", "--json", "."], "cannot write .: it is a folder"),
+        (["plan", "targets.py:job", "--json", "/proc/x.json"], "cannot write /proc/x.json"),
+        (["plan", "targets.py:job", "--cluster", ""], "written as text such as h100:2x8, not ''"),
+        (["run", "targets.py:static"], "has static arguments (static_argnums), which run does not"),
         (["plan", "targets.py:job", "--hint", "xx=data"], "the nearest are x"),
         (["plan", "targets.py:job", "--hint", "x=a,b,c"], "3 entries for 2 dims"),
         (["plan", "targets.py:job", "--solver", "magic"], "unknown solver 'magic'"),
@@ -251,6 +259,12 @@ def test_the_users_own_traceback_is_kept_and_ours_hidden(
     assert said in done.stderr.splitlines()[-1]
     for ours in ("autoshard/cli", "autoshard/api", "importlib", "jax/_src"):
         assert ours not in done.stderr
+
+
+def test_a_parallelized_target_keeps_its_options(command: Command) -> None:
+    done = command("plan", "targets.py:static", "--cluster", "cpu:8", "--specs")
+    assert done.exit_code == 0, done.stderr
+    assert "in_shardings = (\n    P('data'),\n)" in done.stdout
 
 
 def test_debug_shows_the_whole_traceback(command: Command) -> None:

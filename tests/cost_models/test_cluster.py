@@ -89,6 +89,8 @@ def test_an_unknown_name_gets_the_near_ones_and_what_to_do() -> None:
         cluster("v5p2:2x2x1")
     with pytest.raises(UnknownCluster, match=r"'zzzz'\. The catalogue has"):
         cluster("zzzz:8")
+    with pytest.raises(UnknownCluster, match=r"Near it: tpu-v6e, tpu-v5e\."):
+        cluster("v7e:2x2")
 
 
 ways: list[Callable[[Cluster], object]] = [
