@@ -141,8 +141,9 @@ class Plan:
         platform = mesh.devices.flat[0].platform
         flat = map(_shape, traced.in_avals, self._in_named(mesh))
         args, kwargs = jax.tree.unflatten(traced.in_tree, flat)
-        staged = self._jitted(traced, mesh).trace(*args, **kwargs)
-        lowered: jax.stages.Lowered = staged.lower(lowering_platforms=(platform,))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # not one that the caller has set
+            staged = self._jitted(traced, mesh).trace(*args, **kwargs)
+            lowered: jax.stages.Lowered = staged.lower(lowering_platforms=(platform,))
         return lowered
 
     def compile(

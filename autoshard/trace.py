@@ -17,6 +17,7 @@ import numpy as np
 
 import passes.rules  # noqa: F401  (registers the hand-written rules)
 from autoshard.jax_compat import Literal, open_jaxpr, scan_counts
+from autoshard.jit_options import static_places
 from autoshard.shardy import shardy_rule
 from autoshard.signature import signature, type_of
 from autoshard.sources import source_of
@@ -79,7 +80,12 @@ def trace(
         static_argnums=static_argnums,
         static_argnames=static_argnames,
     )
-    traced = jitted.trace(*args, **kwargs)
+    options = {"static_argnums": static_argnums, "static_argnames": static_argnames}
+    numbers, fixed = static_places(fn, options, len(args))
+    traced = jitted.trace(
+        *(a if i in numbers else jax.tree.map(_unplaced, a) for i, a in enumerate(args)),
+        **{k: a if k in fixed else jax.tree.map(_unplaced, a) for k, a in kwargs.items()},
+    )
     jaxpr, consts = open_jaxpr(traced.jaxpr)
     infos = jax.tree.leaves(traced.args_info)
     donated = tuple(bool(getattr(i, "donated", False)) for i in infos)
@@ -116,6 +122,13 @@ def trace(
         donated,
         builder.required_mesh,
     )
+
+
+def _unplaced(x: Any) -> Any:
+    """An array's type without where it lies now, which says nothing about where it should."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=bool(getattr(x, "weak_type", False)))
 
 
 def solve_part(eqn: Any, operands: Sequence[Any]) -> tuple[Any, list[Any]]:

@@ -139,3 +139,14 @@ def test_forms_that_jit_does_not_distinguish_are_planned_once() -> None:
     for x in (X, X.astype(np.float64), jnp.asarray(X)):
         made(x)
     assert len(made._plans) == 1
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_where_arguments_lie_and_which_mesh_is_set_does_not_matter(explicit: bool) -> None:
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("q",), axis_types=(kind,))
+    x = jax.device_put(X, jax.NamedSharding(mesh, P("q")))
+    made = parallel(lambda x: x @ x.T)  # under explicit axes jax would refuse it
+    np.testing.assert_allclose(made(x), X @ X.T)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(parallel(lambda x: x @ x.T)(X), X @ X.T)
