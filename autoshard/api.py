@@ -7,7 +7,6 @@ it still prints and explains, but can not be lowered.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,11 +154,11 @@ class Plan:
         compiled = self.lower(mesh).compile()
         shardings = self._in_named(mesh)
 
-        @functools.wraps(Plan.compile)
         def call(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = placed(traced, args, kwargs, shardings)
             return compiled(*args, **kwargs)
 
+        call.__name__ = call.__qualname__ = traced.graph.name
         return call
 
     def place(self, *args: Any, devices: Any = None, **kwargs: Any) -> Any:
