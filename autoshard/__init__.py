@@ -60,4 +60,4 @@ if not TYPE_CHECKING:
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*(n for n in globals() if n.startswith("__")), *__all__})

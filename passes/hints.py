@@ -46,6 +46,9 @@ class _Open:
     def __repr__(self) -> str:
         return "OPEN"
 
+    def __reduce__(self) -> str:  # a copy is the thing itself
+        return "OPEN"
+
 
 OPEN: Final = _Open()
 

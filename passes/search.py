@@ -105,7 +105,7 @@ def search(
             lost.append(Alternative(solver, _axes(m), None, "breaks a hint"))
             continue
         lost += others
-        if solution.choice:
+        if solution.choice or not priced.problem.nodes:
             answers.append((priced, solution))
         else:
             lost.append(Alternative(solver, _axes(m), None, _why(priced.problem, solution)))

@@ -155,9 +155,11 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         """Read `to_json`'s text; raises PlanError for anything else."""
+        if not isinstance(text, str | bytes):
+            raise PlanError(f"a plan is read from JSON text, not from {type(text).__name__}")
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PlanError(
                 f"this is not a plan: the JSON breaks off or is broken, {error}"
             ) from None

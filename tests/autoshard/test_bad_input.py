@@ -340,6 +340,14 @@ def test_python_numbers_take_the_planned_type_only_where_jit_would() -> None:
         call(1.0, 2.5)
 
 
+def test_a_function_without_any_array_has_a_plan() -> None:
+    made = plan(lambda a, b: (a, None), {}, ())
+    assert (made.in_shardings, made.out_shardings) == (({}, ()), ({}, None))
+    assert made.cost.step_time == 0
+    assert made.compile()({}, ()) == ({}, None)
+    assert "none: every device does the whole work" in str(made)
+
+
 def test_too_few_devices() -> None:
     made = plan(product, X, W)
     with pytest.raises(autoshard.DevicesError, match="needs 8 devices, but only 4 are here"):
@@ -386,9 +394,11 @@ def test_a_plan_comes_back(text: str) -> None:
         ("[1]", "not an autoshard plan"),
         ("null", "not an autoshard plan"),
         ('{"a": 1}', "not an autoshard plan"),
+        ({"a": 1}, "from JSON text, not from dict"),
+        (b"\xff\x00", "no.* plan: the JSON breaks off"),
     ],
 )
-def test_what_is_no_plan(bad: str, words: str) -> None:
+def test_what_is_no_plan(bad: Any, words: str) -> None:
     with pytest.raises(PlanError, match=words):
         Plan.from_json(bad)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import pickle
 from collections import namedtuple
 
 import pytest
@@ -130,6 +132,11 @@ P = namedtuple("P", "first second")
 )
 def test_specs(spec: object, dims: tuple[object, ...]) -> None:
     assert hints(spec)[0].dims == dims
+
+
+def test_a_copy_of_open_is_open() -> None:
+    assert pickle.loads(pickle.dumps(OPEN)) is OPEN
+    assert copy.deepcopy({"x": ("data", OPEN)})["x"][1] is OPEN
 
 
 def test_specs_as_text() -> None:
