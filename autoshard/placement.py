@@ -67,6 +67,11 @@ def _paths(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
 
 
 def _place(x: Any, sharding: Any, aval: Any, value: Value) -> Any:
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"argument {path_of(value.name)} is traced by jax, and a compiled plan runs on arrays: "
+            "in jit, grad, vmap or scan call the function itself, or autoshard.parallelize(fn)"
+        )
     x = _array(x, aval)
     if x.shape != aval.shape or x.dtype != aval.dtype:
         raise TypeError(

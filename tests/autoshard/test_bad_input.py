@@ -318,6 +318,14 @@ def test_calling_with_what_was_not_planned() -> None:
     np.testing.assert_array_equal(call(X.astype(np.float64), W), X @ W)  # as jit: 64 bit become 32
 
 
+def test_a_compiled_plan_can_not_be_traced() -> None:
+    call = plan(product, X, W).compile()
+    with pytest.raises(
+        TypeError, match=r"argument x is traced by jax, .* call the function itself"
+    ):
+        jax.jit(call)(X, W)
+
+
 def test_calling_in_another_form_than_planned() -> None:
     call = plan(two, {"wq": W, "wk": W}, X).compile()
     for args, kwargs, words in (
