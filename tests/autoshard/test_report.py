@@ -14,7 +14,7 @@ from autoshard.alike import counterparts, local_bytes, mirrors, rows
 from autoshard.columns import bar
 from autoshard.report import WIDTH, report
 from cost_models.cluster import cluster
-from passes.ir.plan import Alternative, Cost, Move, OpPlan, Plan, TensorPlan
+from passes.ir.plan import Alternative, Cost, Move, OpPlan, Plan, TensorPlan, fingerprint
 
 Spec = tuple[tuple[str, ...], ...]
 
@@ -63,7 +63,7 @@ def layers(root: str, count: int) -> list[TensorPlan]:
 
 MADE = Plan(
     name="train_step",
-    fingerprint="0123456789abcdef",
+    fingerprint=fingerprint(()),
     signature=(),
     cluster=cluster("tpu-v5e:4x4").to_dict(),
     mesh=(("data", 4), ("model", 4)),
