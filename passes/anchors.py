@@ -87,17 +87,17 @@ def anchors(
 
 
 def _check_names(graph: Graph, said: Sequence[tuple[Hint, tuple[Axes | None, ...]]]) -> None:
-    """HintConflict where hints under several names of one value contradict each other.
+    """HintConflict where annotations of one value contradict each other.
 
-    `annotate` gives a value another name and no other sharding. (A constraint of jax's own is an
-    operation: what stands before it and after it may differ.)
+    `annotate` gives a value another name and no other sharding. A hint on an argument says how it
+    is stored, and an annotation of it how it is used: these may differ, as in FSDP. So may what
+    stands before and after a constraint of jax's own, which is an operation.
     """
     named = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == ANNOTATE}
-    made = {v for op in graph.ops if op.name != ANNOTATE for v in op.outputs}
     out: dict[int, Anchor] = {}
     for hint, dims in said:
         v = hint.value
-        if v in made:
+        if v not in named:
             continue
         while v in named:
             v = named[v]

@@ -144,15 +144,16 @@ def test_annotations_of_one_value_that_contradict_are_both_named(fn: Any, solver
         plan(fn, X, mesh={"data": 8}, solver=solver)
 
 
-def test_an_annotation_that_contradicts_a_hint_on_the_argument() -> None:
-    both = r"(?=.*hints\['x'\] wants)(?=.*test_bad_input\.py:\d+ wants)"
-    with pytest.raises(autoshard.HintConflict, match=both):
-        plan(
-            lambda x: autoshard.annotate(x, "data", None) + 1,
-            X,
-            mesh={"data": 8},
-            hints={"x": P(None, "data")},
-        )
+def test_an_argument_may_be_stored_in_one_way_and_used_in_another() -> None:
+    """FSDP as users write it: the weight is split where it lies and gathered where it is used."""
+
+    def fn(x: Any, w: Any) -> Any:
+        return x @ autoshard.annotate(w, None, None)
+
+    made = plan(fn, X, W, mesh={"data": 8}, hints={"w": P("data"), "x": P("data")})
+    assert made.in_shardings == (P("data"), P("data"))
+    assert [m.kind for op in made.ops for m in op.collectives] == ["all_gather"]
+    np.testing.assert_allclose(made.compile()(X, W), X @ W, rtol=1e-5)
 
 
 def test_an_operation_between_two_annotations_makes_them_a_reshard() -> None:
