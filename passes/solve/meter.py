@@ -16,7 +16,7 @@ import numpy as np
 from passes.solve.problem import INFINITY, Problem
 
 # A solve without a budget stops when the gap is small for the units spent, or at long last anyway.
-_GOOD = ((1.0, 1e-4), (2.0, 1e-3))
+_GOOD = ((1.0, 1e-4), (2.0, 1e-3), (3.0, 2e-3), (6.0, 5e-3))
 _MOST_WORK = 20.0
 
 
