@@ -59,12 +59,12 @@ class ReshardTable:
     def _found(self, rows: Numbers, columns: Numbers) -> Numbers:
         """[row, column]: the sequence of steps; those not known yet are looked up."""
         found = self._between[np.ix_(rows, columns)]
-        missing = np.argwhere(found == _UNKNOWN)
-        if len(missing):
-            axes = list(self._shardings)
-            for i, j in {(int(rows[i]), int(columns[j])) for i, j in missing}:
+        at, to = np.nonzero(found == _UNKNOWN)
+        if len(at):
+            axes, given = list(self._shardings), self._sequences
+            pairs = dict.fromkeys(zip(rows[at].tolist(), columns[to].tolist(), strict=True))
+            for i, j in pairs:
                 moves = steps(axes[i], axes[j], self._sizes)
-                given = self._sequences
                 self._between[i, j] = given.setdefault(moves, len(given))
             found = self._between[np.ix_(rows, columns)]
         return found

@@ -109,7 +109,19 @@ def tensor_axes(
     A minor factor of a dim may be split only when its major factors are split completely, by axes
     that come earlier in the mesh.
     """
-    parts = factor_parts(strategy, sizes)
+    where = {dim[0]: d for d, dim in enumerate(dims) if dim}
+    if sum(map(len, dims)) > len(where):  # some dim has several factors
+        found = _places(dims, rule, strategy, factor_parts(strategy, sizes))
+        if found is None:
+            return None
+        where = found
+    return tuple([where.get(f, BROADCAST) if f >= 0 else BROADCAST for f in strategy])
+
+
+def _places(
+    dims: tuple[Dim, ...], rule: Rule, strategy: Strategy, parts: dict[int, int]
+) -> dict[int, int] | None:
+    """Per split factor the dim that it splits; None where the split can't be written."""
     where: dict[int, int] = {}
     for d, dim in enumerate(dims):
         last = -1
@@ -122,13 +134,15 @@ def tensor_axes(
                 where[f] = d
                 last = axes[-1]
             complete = complete and parts.get(f, 1) == rule.factors[f].size
-    return tuple(where.get(f, BROADCAST) if f >= 0 else BROADCAST for f in strategy)
+    return where
 
 
 def operand_axes(rule: Rule, k: int, strategy: Strategy, sizes: tuple[int, ...]) -> Axes:
     """What a strategy wants of operand k: as its factors say, partial where its group is linear."""
     axes = tensor_axes(rule.operands[k], rule, strategy, sizes)
     assert axes is not None, "strategy was checked by is_valid"
+    if min(strategy, default=NOWHERE) >= NOWHERE:
+        return axes
     return tuple(
         PARTIAL if s < NOWHERE and k in rule.linear[group_of(s)] else a
         for a, s in zip(axes, strategy, strict=True)
@@ -139,6 +153,8 @@ def result_axes(rule: Rule, k: int, strategy: Strategy, sizes: tuple[int, ...]) 
     """What a strategy makes of result k; partial over split reduction factors and linear groups."""
     axes = tensor_axes(rule.results[k], rule, strategy, sizes)
     assert axes is not None, "strategy was checked by is_valid"
+    if axes == strategy or min(axes, default=0) >= 0:  # nowhere split, or everywhere a dim
+        return axes
     return tuple(
         PARTIAL if s < NOWHERE or (s >= 0 and a < 0 and rule.factors[s].kind == "reduction") else a
         for a, s in zip(axes, strategy, strict=True)
