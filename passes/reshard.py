@@ -62,8 +62,7 @@ class Step:
 
 def steps(source: Axes, target: Axes, sizes: tuple[int, ...]) -> tuple[Step, ...] | None:
     """The moves from one sharding to another on a mesh of these sizes; None if there is no way."""
-    number = _numbered(source, target)
-    found = _route(_renamed(source, number), _renamed(target, number), sizes)
+    found = _route(*_numbered(source, target)[0], sizes)
     return None if found is None else found[0]
 
 
@@ -72,21 +71,18 @@ def path(source: Axes, target: Axes, sizes: tuple[int, ...]) -> tuple[Axes, ...]
 
     Asked for all at once, its partitioner gathers the whole value where it sees no better way.
     """
-    number = _numbered(source, target)
-    found = _route(_renamed(source, number), _renamed(target, number), sizes)
+    renamed, number = _numbered(source, target)
+    found = _route(*renamed, sizes)
     assert found is not None, f"no way from {source} to {target}"
     back = {n: d for d, n in number.items()}
-    return tuple(_renamed(axes, back) for axes in found[1])
+    return tuple(tuple(back[e] for e in axes) for axes in found[1])
 
 
-def _numbered(source: Axes, target: Axes) -> dict[int, int]:
+def _numbered(source: Axes, target: Axes) -> tuple[tuple[Axes, Axes], dict[int, int]]:
     """Dims in order of their first mention: which dims they are does not matter for the moves."""
-    dims = dict.fromkeys(d for d in (*source, *target) if d >= 0)
-    return {BROADCAST: BROADCAST, PARTIAL: PARTIAL} | {d: n for n, d in enumerate(dims)}
-
-
-def _renamed(axes: Axes, names: dict[int, int]) -> Axes:
-    return tuple([names[e] for e in axes])
+    number = {BROADCAST: BROADCAST, PARTIAL: PARTIAL}
+    renamed = tuple([number.setdefault(e, len(number) - 2) for e in (*source, *target)])
+    return (renamed[: len(source)], renamed[len(source) :]), number
 
 
 @lru_cache(maxsize=1 << 18)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from passes.ir.rule import Dim, Rule
 from passes.ir.sharding import BROADCAST, PARTIAL
@@ -87,7 +88,7 @@ def is_valid(rule: Rule, strategy: Strategy, sizes: tuple[int, ...]) -> bool:
     if any(rule.factors[f].size % n for f, n in parts.items()):
         return False
     return all(
-        tensor_axes(dims, rule, strategy, sizes) is not None
+        _one_factor_each(dims) is not None or _places(dims, rule, strategy, parts) is not None
         for dims in (*rule.operands, *rule.results)
     )
 
@@ -109,13 +110,19 @@ def tensor_axes(
     A minor factor of a dim may be split only when its major factors are split completely, by axes
     that come earlier in the mesh.
     """
-    where = {dim[0]: d for d, dim in enumerate(dims) if dim}
-    if sum(map(len, dims)) > len(where):  # some dim has several factors
-        found = _places(dims, rule, strategy, factor_parts(strategy, sizes))
-        if found is None:
-            return None
-        where = found
+    where = _one_factor_each(dims)
+    if where is None:
+        where = _places(dims, rule, strategy, factor_parts(strategy, sizes))
+    if where is None:
+        return None
     return tuple([where.get(f, BROADCAST) if f >= 0 else BROADCAST for f in strategy])
+
+
+@lru_cache(maxsize=1 << 14)
+def _one_factor_each(dims: tuple[Dim, ...]) -> dict[int, int] | None:
+    """Per factor its dim; None where some dim has several factors."""
+    where = {dim[0]: d for d, dim in enumerate(dims) if dim}
+    return where if sum(map(len, dims)) == len(where) else None
 
 
 def _places(
