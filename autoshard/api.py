@@ -256,7 +256,6 @@ def _no_collector() -> Iterator[None]:
         gc.enable()
 
 
-@_no_collector()
 def _plan(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -275,24 +274,25 @@ def _plan(
         raise TypeError(f"hints is a mapping of globs to specs, not {type(hints).__name__}")
     hardware = _cluster(cluster)
     fixed = _mesh(mesh, hardware)
-    traced = _traced(fn, args, kwargs, jit_options)
-    graph = traced.graph
-    if traced.required_mesh is not None:
-        fixed = _manual_mesh(traced, fixed, hardware)
-    own = fn.hints if isinstance(fn, Parallelized) else {}
-    wanted = (*graph.hints, *hints_for(graph, {**own, **(hints or {})}))
-    limit = None if memory_limit is None else float(parse_bytes(memory_limit))
-    found = search(
-        graph,
-        hardware,
-        mesh=fixed,
-        hints=wanted,
-        memory_limit=limit,
-        solver=solver,
-        state=state_pairs(traced),
-        progress=progress,
-    )
-    return Plan(found.plan, traced, found)
+    with _no_collector():
+        traced = _traced(fn, args, kwargs, jit_options)
+        graph = traced.graph
+        if traced.required_mesh is not None:
+            fixed = _manual_mesh(traced, fixed, hardware)
+        own = fn.hints if isinstance(fn, Parallelized) else {}
+        wanted = (*graph.hints, *hints_for(graph, {**own, **(hints or {})}))
+        limit = None if memory_limit is None else float(parse_bytes(memory_limit))
+        found = search(
+            graph,
+            hardware,
+            mesh=fixed,
+            hints=wanted,
+            memory_limit=limit,
+            solver=solver,
+            state=state_pairs(traced),
+            progress=progress,
+        )
+        return Plan(found.plan, traced, found)
 
 
 def _cluster(spec: str | Cluster | None) -> Cluster:
