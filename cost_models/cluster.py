@@ -80,7 +80,8 @@ class Level:
 class Cluster:
     """So many chips, wired so. network and shape: the outermost level first, as in `h100:2x8`.
 
-    A torus level has one entry of the shape for each of its dims.
+    A torus level has one entry of the shape for each of its dims. compiler: what XLA is told of the
+    chip when it compiles without one.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Cluster:
     chip: Chip
     network: tuple[Level, ...]
     shape: tuple[int, ...]
+    compiler: Mapping[str, str | float] = field(hash=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in self.shape):
@@ -123,6 +125,7 @@ class Cluster:
         return {
             **asdict(self),
             "chip": {**asdict(self.chip), "peak_flops": dict(self.chip.peak_flops)},
+            "compiler": dict(self.compiler),
         }
 
     @staticmethod
@@ -135,6 +138,7 @@ class Cluster:
                 chip=Chip(**data["chip"]),
                 network=tuple(Level(**level) for level in data["network"]),
                 shape=tuple(data["shape"]),
+                compiler=dict(data.get("compiler", {})),
             )
         except (KeyError, TypeError, AttributeError) as e:
             raise ClusterError(f"these data describe no cluster: {e!r}") from e
@@ -160,7 +164,7 @@ def cluster(spec: str) -> Cluster:
     if not shape:
         raise ClusterError(f"{label}: say how many devices, as {_forms(label, levels)}")
     levels, shape = _fit(label, levels, shape)
-    return Cluster(label, data["platform"], _chip(data["chip"]), levels, shape)
+    return Cluster(label, data["platform"], _chip(data["chip"]), levels, shape, data["compiler"])
 
 
 def names() -> tuple[str, ...]:

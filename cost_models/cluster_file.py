@@ -12,6 +12,9 @@ catalogue. The keys:
                         bandwidth_GBps (one direction; of a device on a switch, of a link on a
                         torus), efficiency, latency_us (a step), startup_us (a collective),
                         max_size, and of a torus: dims, wrap_at, wrap_multiple
+    [compiler]          what XLA's compiler is told of this chip when it compiles without one; by
+                        XLA's own names, see `autoshard.targets`. clock_rate_ghz turns its cycles
+                        into seconds
 
 Other units work too (`hbm_total_GB`, `peak_GFLOPs`). An unknown key, a missing one or a number
 without its unit is an error.
@@ -40,7 +43,7 @@ _UNITS: dict[str, tuple[str, float]] = {
 _FILE: dict[str, tuple[str, Any]] = {
     "name": ("text", ...), "platform": ("platform", ...), "chip": ("table", ...),
     "network": ("tables", ...), "aliases": ("texts", []), "device_kinds": ("texts", []),
-    "shape": ("sizes", []),
+    "shape": ("sizes", []), "compiler": ("plain values", {}),
 }  # fmt: skip
 _CHIP: dict[str, tuple[str, Any]] = {
     "name": ("text", ...), "peak": ("FLOP/s per dtype", ...), "vector": ("FLOP/s", ...),
@@ -155,6 +158,10 @@ def _is_list(x: Any, of: type) -> bool:
     return isinstance(x, list) and all(isinstance(e, of) and not isinstance(e, bool) for e in x)
 
 
+def _is_plain_table(x: Any) -> bool:
+    return isinstance(x, dict) and all(_is_number(v) or isinstance(v, str) for v in x.values())
+
+
 # What a field without a unit holds -> whether a value is that, and how to say it.
 _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (lambda x: isinstance(x, str), "text"),
@@ -162,6 +169,7 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "platform": (lambda x: x in ("cpu", "gpu", "tpu"), "cpu, gpu or tpu"),
     "kind": (lambda x: x in ("switch", "torus"), "switch or torus"),
     "table": (lambda x: isinstance(x, dict), "a table"),
+    "plain values": (_is_plain_table, "a table of texts and numbers"),
     "tables": (lambda x: _is_list(x, dict) and bool(x), "one or more [[network]] tables"),
     "sizes": (lambda x: _is_list(x, int) and all(n > 0 for n in x), "a list such as [2, 8]"),
     "whole": (lambda x: _is_list([x], int) and x >= 0, "a whole number"),
