@@ -10,7 +10,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from autoshard.devices import cluster_here
 from autoshard.jit_options import check_arguments
 from autoshard.lower import constrained
-from autoshard.mesh import device_mesh, partition_spec
+from autoshard.mesh import device_mesh, lowering_platform, partition_spec
 from autoshard.parallelized import Parallelized
 from autoshard.placement import placed
 from autoshard.state import state_pairs
@@ -32,6 +32,9 @@ from passes.ir.mesh import Mesh
 from passes.ir.plan import PlanError
 from passes.normalize import drop_dead, merge_same
 from passes.search import SOLVERS, Found, Progress, search
+
+if TYPE_CHECKING:
+    from autoshard.verify import Verification
 
 Hints = Mapping[str, Any]
 
@@ -139,7 +142,7 @@ class Plan:
         """
         traced = self._bound("lower")
         mesh = self._device_mesh(devices)
-        platform = mesh.devices.flat[0].platform
+        platform = lowering_platform(mesh.devices.flat[0])
         flat = map(_shape, traced.in_avals, self._in_named(mesh))
         args, kwargs = jax.tree.unflatten(traced.in_tree, flat)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # not one that the caller has set
@@ -169,6 +172,17 @@ class Plan:
         shardings = self._in_named(self._device_mesh(devices))
         out_args, out_kwargs = placed(traced, args, kwargs, shardings)
         return (out_args, out_kwargs) if out_kwargs else out_args
+
+    def verify(self, devices: Sequence[Any] | None = None) -> Verification:
+        """Compile the plan for its cluster, without the hardware, and compare with the prediction.
+
+        Raises TargetError where the compiler for that cluster is not here, CompilerRefused.
+        """
+        from autoshard.targets import target_devices
+        from autoshard.verify import verify
+
+        found = target_devices(Cluster.from_dict(self.data.cluster)) if devices is None else devices
+        return verify(self.data, self.lower, found, {})
 
     def __str__(self) -> str:
         from autoshard.report import report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -45,6 +46,16 @@ def frames(source_info: Any) -> tuple[tuple[str, int, str], ...]:
 def summarize(source_info: Any) -> str:
     """Jax's own one-line account of where an equation comes from."""
     return source_info_util.summarize(source_info)
+
+
+def traced_at(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """Operations made inside have the equation's lines of the user's code, and its named scopes."""
+    found = eqn.source_info
+    scopes = source_info_util.current_name_stack() + found.name_stack
+    context: contextlib.AbstractContextManager[Any] = source_info_util.user_context(
+        found.traceback, name_stack=scopes
+    )
+    return context
 
 
 def jax_version() -> tuple[int, ...]:

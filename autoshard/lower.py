@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from autoshard.island import island, needs_island
-from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts
+from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts, traced_at
 from autoshard.mesh import named_sharding
 from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
@@ -119,7 +119,8 @@ class _Emitter:
 
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [read(v) for v in eqn.invars]
-            outs = self.equation(eqn, operands, (*path, i))
+            with traced_at(eqn):
+                outs = self.equation(eqn, operands, (*path, i))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 

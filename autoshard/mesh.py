@@ -39,6 +39,14 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(_grid(found, mesh.sizes), mesh.names, axis_types=types)
 
 
+def lowering_platform(device: Any) -> str:
+    """What jax lowers for on this device: its platform, of GPUs by their maker."""
+    if device.platform != "gpu":
+        return str(device.platform)
+    version = str(getattr(getattr(device, "client", None), "platform_version", ""))
+    return "rocm" if "rocm" in version.lower() else "cuda"
+
+
 def _checked(devices: Any) -> list[Any]:
     """The devices in a list; DevicesError for what is no device, and for one given twice."""
     found = list(np.asarray(devices, dtype=object).flat)

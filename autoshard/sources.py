@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -33,12 +34,20 @@ def source_of(source_info: Any, caller: str = "") -> str:
     caller: what is said where no frame is the user's, if it is not empty.
     """
     found = frames(source_info)
-    for file, line, function in found:
-        if is_users(file):
-            return f"{os.path.basename(file)}:{line} ({function.rsplit('.', 1)[-1]})"
+    users = line_of(found)
+    if users:
+        return users
     if not found or caller:
         return caller
     text = summarize(source_info)
     place, _, function = text.partition(" ")
     parts = os.path.basename(place).split(":")
     return ":".join(parts[:2]) + (f" {function}" if function else "")
+
+
+def line_of(found: Sequence[tuple[str, int, str]]) -> str:
+    """The innermost of these (file, line, function) that is the user's; empty where none is."""
+    for file, line, function in found:
+        if is_users(file):
+            return f"{os.path.basename(file)}:{line} ({function.rsplit('.', 1)[-1]})"
+    return ""

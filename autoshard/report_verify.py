@@ -1,0 +1,132 @@
+"""How does a verification read?  Surprises first, predicted beside compiled, then collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autoshard.columns import columns
+from autoshard.report_costs import line_text
+from autoshard.verify import Seen, Verification
+from cost_models.units import format_bytes, format_seconds
+
+_MOST_SEEN, _MOST_SURPRISES, _MOST_UNSEEN = 12, 5, 4
+
+
+def report(v: Verification) -> str:
+    """The verification on one screen."""
+    sections = (head(v), surprises(v), table(v), collectives(v), unseen(v))
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def head(v: Verification) -> list[str]:
+    """What was compiled for what, and whether it fits."""
+    mesh = " ".join(f"{n}={s}" for n, s in v.mesh)
+    lines = [("compiled", f"for {v.cluster}, mesh {mesh}, by its own compiler, without hardware")]
+    if v.options:
+        lines.append(("options", " ".join(f"{k}={o}" for k, o in v.options.items())))
+    limit = format_bytes(v.memory_limit)
+    if v.compiled is None:
+        wants = f"{format_bytes(v.needed)} of " if v.needed else "more than "
+        lines.append(("memory", f"does not fit: it wants {wants}{limit} on each device"))
+    elif v.compiled.memory is not None:
+        verdict = "fits" if v.fits else "does not fit"
+        held = format_bytes(v.compiled.memory.peak)
+        lines.append(("memory", f"{verdict}: {held} of {limit} on each device"))
+    if v.compiled and v.compiled.unknown_trips:
+        lines.append(
+            ("note", f"{v.compiled.unknown_trips} loops whose trips XLA does not say count once")
+        )
+    return [v.name, *columns(lines, "ll", "  ")]
+
+
+def surprises(v: Verification) -> list[str]:
+    """What XLA sends that the plan did not foresee, the most first."""
+    found = sorted((s for s in v.seen if s.surprise), key=lambda s: -s.surprise)
+    least = 0.01 * max(v.predicted.comm_bytes, v.compiled.sent if v.compiled else 0.0)
+    found = [s for s in found if s.surprise > least]
+    if not found:
+        return []
+    lines = [
+        f"  XLA sends {format_bytes(s.surprise)} in {_kind(s)} at {line_text(s.found.source)} "
+        "that the plan did not foresee"
+        for s in found[:_MOST_SURPRISES]
+    ]
+    more = len(found) - _MOST_SURPRISES
+    return ["surprises", *lines, *([f"  and {more} more"] if more > 0 else [])]
+
+
+def _kind(s: Seen) -> str:
+    trips = f" x{s.found.trips:g}" if s.found.trips != 1 else ""
+    return f"{s.found.kind} {'+'.join(s.axes) or f'of {s.found.size} devices'}{trips}"
+
+
+def table(v: Verification) -> list[str]:
+    """Predicted beside compiled."""
+    if v.compiled is None:
+        return []
+    p, c = v.predicted, v.compiled
+    rows = [
+        _row("peak memory", p.peak_memory, c.memory.peak if c.memory else None, format_bytes),
+        _row("compute", p.compute_time, c.compute, format_seconds),
+        _row("communication", p.comm_time, c.comm, format_seconds),
+        _row("sent", p.comm_bytes, c.sent, format_bytes),
+        _row("step", p.step_time, c.step, format_seconds),
+    ]
+    return columns([("", "predicted", "compiled", "error"), *rows], "lrrr", "  ")
+
+
+def _row(name: str, predicted: float, compiled: float | None, text: object) -> tuple[str, ...]:
+    assert callable(text)
+    if compiled is None:
+        return name, text(predicted), "-", "the compiler says nothing of it"
+    error = f"{predicted / compiled - 1:+.1%}" if compiled else "-" if predicted else "+0.0%"
+    return name, text(predicted), text(compiled), error
+
+
+def collectives(v: Verification) -> list[str]:
+    """The collectives of the compiled program, like ones of a line together."""
+    groups: dict[tuple[str, str, str], list[Seen]] = {}
+    for s in v.seen:
+        key = s.found.kind, "+".join(s.axes) or f"of {s.found.size}", s.found.source
+        groups.setdefault(key, []).append(s)
+    order = sorted(groups.items(), key=lambda item: (-_sent(item[1]), item[0]))
+    rows = [
+        (
+            format_bytes(_sent(seen)),
+            f"{kind} {axes}",
+            f"x{sum(s.found.trips for s in seen):g}",
+            format_seconds(sum(s.found.seconds for s in seen)),
+            "beside compute" if all(s.found.hidden for s in seen) else "",
+            line_text(source),
+            _foreseen(seen),
+        )
+        for (kind, axes, source), seen in order[:_MOST_SEEN]
+    ]
+    if not rows:
+        return ["collectives in the compiled program  none"] if v.compiled else []
+    left = order[_MOST_SEEN:]
+    more = (
+        [f"  and {len(left)} more: {format_bytes(sum(_sent(s) for _, s in left))}"] if left else []
+    )
+    return ["collectives in the compiled program", *columns(rows, "rlrrlll", "  ", 120), *more]
+
+
+def _sent(seen: Sequence[Seen]) -> float:
+    return sum(s.found.sent for s in seen)
+
+
+def _foreseen(seen: Sequence[Seen]) -> str:
+    sent, here = _sent(seen), sum(s.here for s in seen)
+    if not any(s.surprise for s in seen):
+        return "foreseen" if here > 0.5 * sent else "foreseen on another line"
+    known = (here + sum(s.elsewhere for s in seen)) / sent
+    return f"{known:.0%} foreseen" if known >= 0.005 else "not foreseen"
+
+
+def unseen(v: Verification) -> list[str]:
+    """What the plan sends and XLA does not."""
+    if v.compiled is None:
+        return []
+    found = [(line, sent) for line, sent in v.unseen if sent > 0.01 * v.predicted.comm_bytes]
+    lines = [f"  {format_bytes(sent)} at {line_text(line)}" for line, sent in found[:_MOST_UNSEEN]]
+    return ["foreseen, and not sent by XLA", *lines] if lines else []

@@ -1,0 +1,189 @@
+"""Is a prediction true?  The plan is compiled for its real target, without hardware, and compared.
+
+Bytes, seconds and memory are compared, never names of collectives: XLA turns a reduce-scatter into
+an all-reduce and a slice, or into a ring of permutes, when it likes. A collective is foreseen when
+the plan has as many bytes to send along its axes, on its line of the user's code or on another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+
+from autoshard.compiled import Found, Profile, profile
+from cost_models.cluster import Cluster
+from cost_models.collectives import Collective, sent_bytes
+from cost_models.units import parse_bytes
+from passes.ir.plan import Cost, Plan
+
+# The plan's bytes and XLA's differ by padding, and by a sum that XLA makes in another type.
+_NEARLY = 0.02
+
+
+class CompilerRefused(RuntimeError):
+    """The target's compiler does not take the program, for another reason than its memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A collective of the compiled program, and how many of its bytes the plan foresaw.
+
+    here: those that the plan sends on the same line; elsewhere: those of other lines.
+    """
+
+    found: Found
+    axes: tuple[str, ...]
+    here: float
+    elsewhere: float
+
+    @property
+    def surprise(self) -> float:
+        """Bytes that no line of the plan accounts for, per device and step."""
+        left = self.found.sent - self.here - self.elsewhere
+        return left if left > _NEARLY * self.found.sent else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A plan's prediction beside what its compiled program does.
+
+    compiled: None where the compiler found that the program does not fit; needed: the bytes it said
+    it wanted then. unseen: by line, bytes per device and step that the plan sends and XLA does not.
+    """
+
+    name: str
+    cluster: str
+    platform: str
+    mesh: tuple[tuple[str, int], ...]
+    memory_limit: float
+    predicted: Cost
+    compiled: Profile | None
+    needed: float
+    seen: tuple[Seen, ...]
+    unseen: tuple[tuple[str, float], ...]
+    options: Mapping[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiled program fits into the devices' memory."""
+        held = self.compiled.memory if self.compiled else None
+        return held is not None and held.peak <= self.memory_limit
+
+    def __str__(self) -> str:
+        from autoshard.report_verify import report
+
+        return report(self)
+
+
+def verify(
+    plan: Plan,
+    lower: Callable[[Sequence[Any]], jax.stages.Lowered],
+    devices: Sequence[Any],
+    options: Mapping[str, Any],
+) -> Verification:
+    """Compile a plan for these devices and compare. lower: makes its program for them.
+
+    Raises CompilerRefused where the compiler finds fault with more than the program's memory.
+    """
+    cluster = Cluster.from_dict(plan.cluster)
+    needed, compiled = 0.0, None
+    try:
+        compiled = profile(
+            lower(devices).compile(compiler_options=dict(options) or None),
+            cluster,
+            plan.mesh_axes.sizes,
+        )
+    except jax.errors.JaxRuntimeError as e:
+        found = out_of_memory(str(e))
+        if found is None:
+            first = next((line for line in str(e).splitlines() if line.strip()), "")
+            raise CompilerRefused(
+                f"the compiler for {cluster} does not take {plan.name}: {first[:400]}"
+            ) from e
+        needed = found
+    seen, unseen = match(plan, compiled.collectives if compiled else ())
+    return Verification(
+        name=plan.name,
+        cluster=str(cluster),
+        platform=cluster.platform,
+        mesh=plan.mesh,
+        memory_limit=plan.memory_limit,
+        predicted=plan.cost,
+        compiled=compiled,
+        needed=needed,
+        seen=seen,
+        unseen=unseen,
+        options=dict(options),
+    )
+
+
+def out_of_memory(message: str) -> float | None:
+    """Bytes that a program wanted by its compiler's message; None where it says something else.
+
+    >>> out_of_memory("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+    ...               "memory space hbm. Used 39.00G of 15.75G hbm.")
+    41875931136.0
+    """
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    used = used or re.search(r"[Aa]llocat\w* (?:of )?([\d.]+)([KMGT]?)i?B?", message)
+    if used is None:
+        return 0.0
+    return float(parse_bytes(f"{used[1]}{used[2]}iB" if used[2] else f"{used[1]}B"))
+
+
+def match(
+    plan: Plan, found: Sequence[Found]
+) -> tuple[tuple[Seen, ...], tuple[tuple[str, float], ...]]:
+    """Each collective with the bytes that the plan foresaw; by line, those it foresaw in vain."""
+    sizes = dict(plan.mesh)
+    left: dict[tuple[str, tuple[str, ...]], float] = {}
+    for op in plan.ops:
+        for move in op.collectives:
+            size = 1
+            for axis in move.axes:
+                size *= sizes[axis]
+            key = move.source, tuple(sorted(move.axes))
+            kind = cast(Collective, move.kind)
+            sent = sent_bytes(kind, move.nbytes, size) * move.trips
+            left[key] = left.get(key, 0.0) + sent
+    order = sorted(found, key=lambda f: -f.sent)
+    here: dict[int, float] = {}
+    for f in order:
+        here[id(f)] = _take(left, f.sent, [(f.source, _axes(f, plan))])
+    seen = []
+    for f in order:
+        axes = _axes(f, plan)
+        wanted = f.sent - here[id(f)]
+        along = [key for key in sorted(left) if not axes or set(key[1]) <= set(axes)]
+        elsewhere = _take(left, wanted, along) if wanted > _NEARLY * f.sent else 0.0
+        seen.append(Seen(f, axes, here[id(f)], elsewhere))
+    lines: dict[str, float] = {}
+    for (source, _), sent in left.items():
+        if sent > 0:
+            lines[source] = lines.get(source, 0.0) + sent
+    return tuple(seen), tuple(sorted(lines.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _axes(f: Found, plan: Plan) -> tuple[str, ...]:
+    return tuple(sorted(plan.mesh[a][0] for a in f.axes)) if f.axes is not None else ()
+
+
+def _take(
+    left: dict[tuple[str, tuple[str, ...]], float],
+    wanted: float,
+    keys: Sequence[tuple[str, tuple[str, ...]]],
+) -> float:
+    """Take what is wanted from what is left under these keys; how much there was."""
+    taken = 0.0
+    for key in keys:
+        part = min(wanted - taken, left.get(key, 0.0))
+        if part > 0:
+            left[key] -= part
+            taken += part
+    return taken
