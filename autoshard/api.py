@@ -10,6 +10,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -43,11 +44,16 @@ class Plan:
     """A parallelization plan, bound to the function it was made for (or not, after `from_json`)."""
 
     def __init__(
-        self, data: ir.Plan, traced: Traced | None = None, found: Found | None = None
+        self,
+        data: ir.Plan,
+        traced: Traced | None = None,
+        found: Found | None = None,
+        again: Callable[..., Found] | None = None,
     ) -> None:
         self.data = data
         self._traced = traced
         self._found = found
+        self._again = again  # the search that found it, for another mesh and solver
 
     @property
     def mesh(self) -> Mapping[str, int]:
@@ -173,16 +179,49 @@ class Plan:
         out_args, out_kwargs = placed(traced, args, kwargs, shardings)
         return (out_args, out_kwargs) if out_kwargs else out_args
 
-    def verify(self, devices: Sequence[Any] | None = None) -> Verification:
+    def verify(
+        self,
+        devices: Sequence[Any] | None = None,
+        *,
+        top: int = 1,
+        progress: Progress | None = None,
+    ) -> Verification:
         """Compile the plan for its cluster, without the hardware, and compare with the prediction.
 
-        Raises TargetError where the compiler for that cluster is not here, CompilerRefused.
+        devices: those to compile for, such as a topology's; None for the cluster's own. top: how
+        many plans to compile, this one and the best of those that it beat.
+
+        Raises NoCompiler where the compiler for that cluster is not here, CompilerRefused,
+        PlanError.
         """
         from autoshard.targets import target_devices
         from autoshard.verify import verify
 
+        tell = progress or (lambda _: None)
         found = target_devices(Cluster.from_dict(self.data.cluster)) if devices is None else devices
-        return verify(self.data, self.lower, found, {})
+        tell(f"compiling for {found[0].device_kind}")
+        own = verify(self.data, self.lower, found, {})
+        others = []
+        for other in self._best_others(top - 1, tell):
+            tell(f"compiling {other.data.solver} on {other.data.mesh_axes}")
+            others.append(verify(other.data, other.lower, found, {}))
+        return dataclasses.replace(own, others=tuple(others))
+
+    def _best_others(self, count: int, tell: Progress) -> list[Plan]:
+        """The best of the plans that this one beat, different ones only."""
+        if count > 0 and self._again is None:
+            raise PlanError("a plan from JSON knows no others: plan again to verify several")
+        out: list[Plan] = []
+        known = {(self.data.mesh, self.data.cost)}
+        for a in self.data.alternatives:
+            if len(out) == count or self._again is None:
+                break
+            if a.cost is None or (a.mesh, a.cost) in known:
+                continue
+            known.add((a.mesh, a.cost))
+            found = self._again(mesh=Mesh.of(dict(a.mesh)), solver=a.solver, progress=tell)
+            out.append(Plan(found.plan, self._traced, found, self._again))
+        return out
 
     def __str__(self) -> str:
         from autoshard.report import report
@@ -296,17 +335,16 @@ def _plan(
         own = fn.hints if isinstance(fn, Parallelized) else {}
         wanted = (*graph.hints, *hints_for(graph, {**own, **(hints or {})}))
         limit = None if memory_limit is None else float(parse_bytes(memory_limit))
-        found = search(
+        again = partial(
+            search,
             graph,
             hardware,
-            mesh=fixed,
             hints=wanted,
             memory_limit=limit,
-            solver=solver,
             state=state_pairs(traced),
-            progress=progress,
         )
-        return Plan(found.plan, traced, found)
+        found = again(mesh=fixed, solver=solver, progress=progress)
+        return Plan(found.plan, traced, found, again)
 
 
 def _cluster(spec: str | Cluster | None) -> Cluster:

@@ -1,4 +1,4 @@
-"""The command `autoshard`: plan, run, compare, explain, clusters.
+"""The command `autoshard`: plan, run, compare, explain, verify, clusters.
 
 Every command is one public call and a print-out. Exit codes: 0 done; 1 no plan fits, or numbers
 differ; 2 the command or the user's code was wrong, in one sentence on stderr (`--debug` shows all);
@@ -241,6 +241,34 @@ def explain_command(
         text = found.explain(glob)
     show(text)
     return 0
+
+
+@app.command("verify")
+@_command
+def verify_command(
+    target: Target,
+    cluster: OnCluster = None,
+    mesh: OnMesh = None,
+    hint: Hints = None,
+    solver: Solver = "ilp",
+    memory_limit: Limit = None,
+    donate: Donate = None,
+    top: Annotated[
+        int,
+        typer.Option("--top", help="compile so many of the best plans", min=1, metavar="NUMBER"),
+    ] = 1,
+    debug: Debug = False,
+) -> int:
+    """Compile the plan for its cluster, no hardware needed, compare."""
+    del debug
+    from autoshard.virtual_devices import prepare_compiler
+
+    hardware = prepare_compiler(cluster)
+    found = _plan(target, str(hardware), mesh, hint, solver, memory_limit, donate)
+    with progress("verifying") as tell:
+        verified = found.verify(top=top, progress=tell)
+    show(str(verified))
+    return 0 if verified.fits else 1
 
 
 @app.command("clusters")

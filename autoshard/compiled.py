@@ -15,7 +15,7 @@ from typing import Any
 
 from autoshard.hlo import Computation, Frame, Instruction, Module, nbytes, read
 from autoshard.hlo_groups import Groups, axes_of, groups
-from autoshard.hlo_trips import trip_count
+from autoshard.hlo_trips import Scalars, trip_count
 from autoshard.sources import line_of
 from cost_models.cluster import Cluster
 from cost_models.collectives import Collective, seconds, sent_bytes
@@ -103,7 +103,7 @@ def profile(compiled: Any, cluster: Cluster, sizes: Sequence[int]) -> Profile:
 def profile_of(module: Module, cluster: Cluster, sizes: Sequence[int]) -> Profile:
     """What a module does on a mesh of these sizes laid on a cluster; its memory is left out."""
     replayed = _Replay(module, cluster, tuple(sizes))
-    whole = replayed.run(module.entry)
+    whole = replayed.run(replayed.scalars(module.entry.name))
     timed = cluster.platform == "tpu"
     return Profile(
         collectives=tuple(whole.collectives),
@@ -149,15 +149,16 @@ class _Replay:
         self.links: dict[Groups, AxisLink] = {}
         self.unknown = 0
 
-    def run(self, home: Computation) -> _Line:
+    def run(self, scalars: Scalars) -> _Line:
+        home = scalars.home
         line = _Line(0.0, 0.0, 0.0, [])
         awaited: dict[str, float] = {}  # per started collective, when it ends
         last = self.last_pieces(home)
         for k, i in enumerate(home.instructions):
             if i.opcode == "while":
-                self.loop(home, i, line)
+                self.loop(i, scalars, line)
             elif i.opcode in ("call", "conditional"):
-                self.branches(i, line)
+                self.branches(i, scalars, line)
             elif i.opcode in _STARTS:
                 awaited[i.name] = self.start(home, i, line)
             elif i.opcode == "async-update":
@@ -185,19 +186,22 @@ class _Replay:
         line.end += taken
         line.compute += taken
 
-    def loop(self, home: Computation, i: Instruction, line: _Line) -> None:
-        trips = trip_count(self.module, i, home)
+    def loop(self, i: Instruction, scalars: Scalars, line: _Line) -> None:
+        trips = trip_count(i, scalars)
         self.unknown += trips is None
-        body = self.run(self.module.computations[i.called()["body"][0]])
+        body = self.run(self.scalars(i.called()["body"][0]))
         self.add(body, 1 if trips is None else trips, line)
 
-    def branches(self, i: Instruction, line: _Line) -> None:
+    def scalars(self, name: str) -> Scalars:
+        return Scalars(self.module, self.module.computations[name], {})
+
+    def branches(self, i: Instruction, scalars: Scalars, line: _Line) -> None:
         """A call, or the slowest branch of a conditional."""
-        runs = [
-            self.run(self.module.computations[name])
-            for names in i.called().values()
-            for name in names
-        ]
+        if i.opcode == "call":
+            runs = [self.run(scalars.inside(i))]
+        else:
+            named = [name for names in i.called().values() for name in names]
+            runs = [self.run(self.scalars(name)) for name in named]
         if runs:
             self.add(max(runs, key=lambda r: r.end), 1, line)
 

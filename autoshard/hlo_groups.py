@@ -2,7 +2,7 @@
 
 XLA writes groups of devices in four ways: `{{0,1},{2,3}}`; `[2,4]<=[8]`, ids cut into rows, perhaps
 after a transpose as in `[2,4]<=[4,2]T(1,0)`; `mesh['a'=2,'b'=4] {'b'}`, all devices along axes of
-a mesh; and `{}` for all of them.
+a mesh, perhaps with its `device_ids=([4,2]T(1,0))`; and `{}` for all of them.
 
 >>> groups("replica_groups=[2,4]<=[4,2]T(1,0)", 8)
 ((0, 2, 4, 6), (1, 3, 5, 7))
@@ -20,14 +20,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 Groups = tuple[tuple[int, ...], ...]
+Ids = npt.NDArray[np.intp]
 
 _LISTED = re.compile(r"replica_groups=\{(\{[\d, {}]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(
-    r"replica_groups=(?:@\w+\s*)?mesh\[(.*?)\](?:.*?device_ids=\(([\d,]+)\))?.*?\{([^}]*)\}"
-)
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)(?= \{))? \{([^}]*)\}")
+_TURNED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d, {}]*\})\}")
 
 
@@ -48,7 +49,7 @@ def groups(attributes: str, devices: int) -> Groups:
     return (tuple(range(devices)),)
 
 
-def _rows(ids: np.ndarray[tuple[int, ...], np.dtype[np.int_]]) -> Groups:
+def _rows(ids: Ids) -> Groups:
     return tuple(tuple(int(i) for i in row) for row in ids)
 
 
@@ -68,10 +69,20 @@ def _along(mesh: str, order: str | None, axes: str) -> Groups:
                 at.append(len(dims))
             dims.append(high // low)
     whole = math.prod(dims)
-    ids = np.arange(whole) if order is None else np.array([int(i) for i in order.split(",")])
+    ids = _ids(order, whole)
     apart = [k for k in range(len(dims)) if k not in at]
     together = math.prod(dims[k] for k in at)
     return _rows(ids.reshape(dims).transpose([*apart, *at]).reshape(whole // together, together))
+
+
+def _ids(order: str | None, whole: int) -> Ids:
+    """Devices in the order of the mesh: counted up, listed, or as `[2,2,2]T(1,0,2)` turns them."""
+    if not order:
+        return np.arange(whole)
+    if found := _TURNED.fullmatch(order):
+        ids = np.arange(whole).reshape([int(n) for n in found[1].split(",")])
+        return ids.transpose([int(n) for n in found[2].split(",")]).ravel() if found[2] else ids
+    return np.array([int(i) for i in order.split(",")])
 
 
 def _cycles(pairs: Sequence[tuple[int, int]]) -> Groups:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from autoshard.hlo import Computation, Instruction, Module
@@ -32,21 +33,23 @@ _AS_IT_IS = frozenset({"copy", "bitcast", "convert", "reshape", "copy-done", "co
 _MOST = 1 << 22  # trips that are counted one by one
 
 
-def trip_count(module: Module, loop: Instruction, home: Computation) -> int | None:
-    """Trips of a while instruction of a computation; None where they can not be read."""
+def trip_count(loop: Instruction, first: Scalars) -> int | None:
+    """Trips of a while instruction; None where they can not be read.
+
+    first: the scalars of the computation in which it stands.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
         return int(known[1])
-    called = loop.called()
+    module, called = first.module, loop.called()
     condition = module.computations[called["condition"][0]]
     body = module.computations[called["body"][0]]
-    first = _Scalars(module, home, {})
     test = _test_of(module, condition)
     if test is None:
         return None
     where, compare = test
     begin = _Elements(lambda k: first.element(loop.operands[0], k))
-    values = _Scalars(module, condition, {0: begin})
+    values = Scalars(module, condition, {0: begin})
     ends = [where(values, o) for o in compare.operands]
     counters = [_counter(module, condition, where, o) for o in compare.operands]
     direction = _COMPARED.get(compare.attribute("direction") or "")
@@ -65,17 +68,25 @@ def trip_count(module: Module, loop: Instruction, home: Computation) -> int | No
 class _Elements:
     """Elements of a tuple, each computed when it is asked for."""
 
-    def __init__(self, at: Callable[[int], int | None]) -> None:
+    def __init__(self, at: Callable[[int], Any]) -> None:
         self.at = at
 
 
-class _Scalars:
+@dataclass(frozen=True, slots=True)
+class _Element:
+    """An element of a tuple whose number is not known yet."""
+
+    index: int
+
+
+class Scalars:
     """Whole numbers that instructions of one computation stand for; None for what is not known."""
 
     def __init__(self, module: Module, home: Computation, given: Mapping[int, Any]) -> None:
         self.module, self.home, self.given = module, home, given
 
     def value(self, name: str) -> Any:
+        """What an instruction makes: a number, or the elements of a tuple."""
         i = self.home.by_name.get(name)
         if i is None:
             return None
@@ -89,37 +100,29 @@ class _Scalars:
             return self.element(i.operands[0], int(i.attribute("index") or 0))
         if i.opcode in _ARITHMETIC:
             a, b = (self.value(o) for o in i.operands)
-            return None if a is None or b is None else _ARITHMETIC[i.opcode](a, b)
-        if i.opcode == "fusion":
+            known = isinstance(a, int) and isinstance(b, int)
+            return _ARITHMETIC[i.opcode](a, b) if known else None
+        if i.opcode == "tuple":
+            return _Elements(lambda k: self.value(i.operands[k]))
+        if i.opcode in ("fusion", "call"):
             inner = self.inside(i)
             return inner.value(inner.home.root.name)
         return None
 
-    def inside(self, fusion: Instruction) -> _Scalars:
-        called = self.module.computations[fusion.called()["calls"][0]]
-        return _Scalars(
-            self.module, called, {k: self.value(o) for k, o in enumerate(fusion.operands)}
+    def inside(self, caller: Instruction) -> Scalars:
+        """The scalars of the computation that a fusion or a call runs."""
+        called = self.module.computations[next(iter(caller.called().values()))[0]]
+        return Scalars(
+            self.module, called, {k: self.value(o) for k, o in enumerate(caller.operands)}
         )
 
     def element(self, name: str, index: int) -> Any:
         """One element of a tuple."""
-        i = self.home.by_name.get(name)
-        if i is None:
-            return None
-        if i.opcode == "tuple":
-            return self.value(i.operands[index])
-        if i.opcode == "parameter":
-            whole = self.given.get(int(i.literal))
-            return whole.at(index) if isinstance(whole, _Elements) else None
-        if i.opcode in _AS_IT_IS:
-            return self.element(i.operands[0], index)
-        if i.opcode == "fusion":
-            inner = self.inside(i)
-            return inner.element(inner.home.root.name, index)
-        return None
+        whole = self.value(name)
+        return whole.at(index) if isinstance(whole, _Elements) else None
 
 
-Where = Callable[[_Scalars, str], Any]
+Where = Callable[[Scalars, str], Any]
 
 
 def _test_of(module: Module, condition: Computation) -> tuple[Where, Instruction] | None:
@@ -137,15 +140,9 @@ def _test_of(module: Module, condition: Computation) -> tuple[Where, Instruction
 
 
 def _counter(module: Module, condition: Computation, where: Where, name: str) -> int | None:
-    """Which element of the loop's tuple an operand of the comparison is; None for a constant."""
-    asked: list[int] = []
-
-    def at(k: int) -> int:
-        asked.append(k)
-        return 0
-
-    where(_Scalars(module, condition, {0: _Elements(at)}), name)
-    return asked[0] if len(asked) == 1 else None
+    """Which element of the loop's tuple an operand of the comparison is; None for no such."""
+    found = where(Scalars(module, condition, {0: _Elements(_Element)}), name)
+    return found.index if isinstance(found, _Element) else None
 
 
 def _step(module: Module, body: Computation, index: int | None, begin: _Elements) -> int | None:
@@ -153,5 +150,5 @@ def _step(module: Module, body: Computation, index: int | None, begin: _Elements
     if index is None:
         return 0
     before = begin.at(index)
-    after = _Scalars(module, body, {0: begin}).element(body.root.name, index)
+    after = Scalars(module, body, {0: begin}).element(body.root.name, index)
     return None if before is None or after is None else after - before

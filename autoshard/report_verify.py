@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from autoshard.columns import columns
@@ -14,7 +15,7 @@ _MOST_SEEN, _MOST_SURPRISES, _MOST_UNSEEN = 12, 5, 4
 
 def report(v: Verification) -> str:
     """The verification on one screen."""
-    sections = (head(v), surprises(v), table(v), collectives(v), unseen(v))
+    sections = (head(v), surprises(v), table(v), collectives(v), unseen(v), ranking(v))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -130,3 +131,32 @@ def unseen(v: Verification) -> list[str]:
     found = [(line, sent) for line, sent in v.unseen if sent > 0.01 * v.predicted.comm_bytes]
     lines = [f"  {format_bytes(sent)} at {line_text(line)}" for line, sent in found[:_MOST_UNSEEN]]
     return ["foreseen, and not sent by XLA", *lines] if lines else []
+
+
+def ranking(v: Verification) -> list[str]:
+    """This plan and the others that were compiled, the fastest by its compiled program first."""
+    if not v.others:
+        return []
+    order = sorted((v, *v.others), key=lambda o: (o.judged, o.predicted.step_time))
+    rows = [
+        (
+            ">" if o is v else "",
+            o.solver,
+            " ".join(f"{n}={s}" for n, s in o.mesh),
+            format_seconds(o.predicted.step_time),
+            format_seconds(o.judged) if o.judged < math.inf else "does not fit",
+            format_bytes(o.predicted.peak_memory),
+            format_bytes(_held(o)) if _held(o) else "?",
+        )
+        for o in order
+    ]
+    titles = ("", "", "", "predicted", "compiled", "predicted", "compiled")
+    best = order[0]
+    said = "" if best is v else f"  {best.solver} on {rows[0][2]} is judged faster by its program"
+    lines = ["by the compiled programs", *columns([titles, *rows], "lllrrrr", "  ")]
+    return [*lines, *([said] if said else [])]
+
+
+def _held(v: Verification) -> float:
+    held = v.compiled.memory if v.compiled else None
+    return held.peak if held else v.needed

@@ -29,16 +29,16 @@ _TPU_OWN = ("topology", "clock_rate_ghz")
 _GPU_OWN = ("device_description_str", "cuda_compute_capability")
 
 
-class TargetError(RuntimeError):
+class NoCompiler(RuntimeError):
     """A cluster that can not be compiled for here: what to install or to change."""
 
 
 def target_devices(cluster: Cluster) -> list[Any]:
-    """Devices of a cluster that need not exist, to compile for; raises TargetError."""
+    """Devices of a cluster that need not exist, to compile for; raises NoCompiler."""
     if cluster.platform == "cpu":
         return _virtual(cluster)
     if not cluster.compiler:
-        raise TargetError(
+        raise NoCompiler(
             f"{cluster.name} has no [compiler] table in its cluster file, so that XLA can not be "
             "told what to compile for; copy the one of a like chip"
         )
@@ -48,7 +48,7 @@ def target_devices(cluster: Cluster) -> list[Any]:
 def _virtual(cluster: Cluster) -> list[Any]:
     here = jax.devices("cpu")
     if len(here) < cluster.devices:
-        raise TargetError(
+        raise NoCompiler(
             f"{cluster} has {cluster.devices} devices, and jax has started with {len(here)}; set "
             f"jax.config.update('jax_num_cpu_devices', {cluster.devices}) before jax starts"
         )
@@ -94,13 +94,13 @@ def gpu_target(compiler: Mapping[str, str | float]) -> str:
 def _topology(platform: str, name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     wheel = _missing(platform)
     if wheel:
-        raise TargetError(f"there is no compiler for {platform.upper()} here: {wheel}")
+        raise NoCompiler(f"there is no compiler for {platform.upper()} here: {wheel}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks Google's cloud where it runs
     client = "tpu" if platform == "tpu" else "cuda"
     try:
         return topologies.get_topology_desc(name, client, **dict(options))
     except Exception as e:  # of many kinds, by version
-        raise TargetError(
+        raise NoCompiler(
             f"the {platform.upper()} compiler here does not know the topology {name}: {_first(e)}"
         ) from e
 

@@ -7,6 +7,7 @@ the plan has as many bytes to send along its axes, on its line of the user's cod
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,20 @@ class Verification:
     seen: tuple[Seen, ...]
     unseen: tuple[tuple[str, float], ...]
     options: Mapping[str, Any]
+    solver: str = ""
+    others: tuple[Verification, ...] = ()
+
+    @property
+    def judged(self) -> float:
+        """Seconds of a step by the compiled program; infinite where it does not fit.
+
+        Compute is predicted where the compiler estimates none.
+        """
+        if self.compiled is None or not self.fits:
+            return math.inf
+        if self.compiled.step is not None:
+            return self.compiled.step
+        return self.predicted.compute_time + self.compiled.comm
 
     @property
     def fits(self) -> bool:
@@ -118,6 +133,7 @@ def verify(
         seen=seen,
         unseen=unseen,
         options=dict(options),
+        solver=plan.solver,
     )
 
 
@@ -127,10 +143,14 @@ def out_of_memory(message: str) -> float | None:
     >>> out_of_memory("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
     ...               "memory space hbm. Used 39.00G of 15.75G hbm.")
     41875931136.0
+    >>> out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    ...               "for HLO temporaries (36.81G) exceeds available HBM (15.75G).") / 2**30
+    36.81
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    used = used or re.search(r"memory required for .*?\(([\d.]+)([KMGT]?)\) exceeds", message)
     used = used or re.search(r"[Aa]llocat\w* (?:of )?([\d.]+)([KMGT]?)i?B?", message)
     if used is None:
         return 0.0

@@ -38,6 +38,21 @@ def prepare(spec: str | None) -> Cluster:
     return hardware
 
 
+def prepare_compiler(spec: str | None) -> Cluster:
+    """See to it that jax can compile for a cluster, on this machine's processor.
+
+    Of a TPU's or a GPU's cluster only the compiler is used, and jax is kept from looking for one.
+    """
+    if spec is None:
+        return prepare(None)
+    hardware = cluster(spec)
+    if hardware.platform == "cpu":
+        return prepare(spec)
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+    return hardware
+
+
 def _ask_for(count: int) -> None:
     """Tell jax to make so many CPU devices; it listens only before its first look at devices."""
     flags = os.environ.get("XLA_FLAGS", "")
