@@ -238,11 +238,18 @@ class _Replay:
         size = max(map(len, together))
         operand = sum(nbytes(home.by_name[o].type) for o in i.operands if o in home.by_name)
         larger = operand * (size if kind == "all_gather" else 1)
-        frames = self.module.frames.get(i.frame, ())
         return Found(
             kind, i.name, larger, size, axes_of(together, self.sizes), 1,
-            seconds(kind, larger, self.link(together)), source_line(frames), i.op_name, hidden,
+            seconds(kind, larger, self.link(together)), self.source(home, i), i.op_name, hidden,
         )  # fmt: skip
+
+    def source(self, home: Computation, i: Instruction, depth: int = 4) -> str:
+        """The user's line; of a collective that XLA made of several, that of its first operand."""
+        own = source_line(self.module.frames.get(i.frame, ()))
+        if own or not depth:
+            return own
+        operands = (home.by_name[o] for o in i.operands if o in home.by_name)
+        return next(filter(None, (self.source(home, o, depth - 1) for o in operands)), "")
 
     def link(self, together: Groups) -> AxisLink:
         """What these groups of devices can do together, by where the mesh lies."""

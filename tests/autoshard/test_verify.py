@@ -1,0 +1,122 @@
+"""What is predicted is compiled and counted, and what was not foreseen is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import autoshard
+from autoshard.targets import NoCompiler, gpu_target, target_devices
+from autoshard.verify import match, out_of_memory
+from cost_models.cluster import cluster
+
+
+def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def two_layers(w1: jax.Array, w2: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ w1) @ w2
+
+
+def step(params: dict[str, jax.Array], x: jax.Array) -> Any:
+    def loss(p: dict[str, jax.Array]) -> jax.Array:
+        return jnp.mean(two_layers(p["w1"], p["w2"], x) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), value
+
+
+ARGS = ({"w1": f32(512, 2048), "w2": f32(2048, 512)}, f32(256, 512))
+
+
+@pytest.mark.parametrize("solver", ["ilp", "dp", "fsdp", "tp"])
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "model": 4}])
+def test_bytes_are_sent_as_foreseen(solver: str, mesh: dict[str, int]) -> None:
+    plan = autoshard.plan(step, *ARGS, cluster="cpu:8", mesh=mesh, solver=solver)
+    found = plan.verify()
+    assert found.compiled is not None
+    assert found.compiled.memory is not None
+    assert found.fits
+    # XLA:CPU sums where it could scatter, which sends twice as much; never less than foreseen.
+    assert 0.9 <= found.compiled.sent / max(plan.cost.comm_bytes, 1) <= 2.1
+    text = str(found)
+    assert "peak memory" in text
+    assert "test_verify.py:" in text or not found.seen
+
+
+def test_a_collective_that_no_line_of_the_plan_sends_is_a_surprise() -> None:
+    plan = autoshard.plan(step, *ARGS, cluster="cpu:8", mesh={"data": 8}, solver="dp")
+    found = plan.verify()
+    assert found.compiled is not None
+    blind = dataclasses.replace(
+        plan.data, ops=tuple(dataclasses.replace(op, collectives=()) for op in plan.data.ops)
+    )
+    seen, unseen = match(blind, found.compiled.collectives)
+    assert all(s.surprise == pytest.approx(s.found.sent) for s in seen)
+    assert unseen == ()
+    text = str(dataclasses.replace(found, seen=seen))
+    assert "that the plan did not foresee" in text
+    # and the other way round: nothing is compiled of what was foreseen
+    seen, unseen = match(plan.data, ())
+    assert seen == ()
+    assert sum(sent for _, sent in unseen) == pytest.approx(plan.cost.comm_bytes)
+
+
+def test_several_plans_are_compiled_and_ranked() -> None:
+    plan = autoshard.plan(step, *ARGS, cluster="cpu:8")
+    found = plan.verify(top=3)
+    assert len(found.others) == 2
+    assert len({(o.mesh, o.predicted) for o in (found, *found.others)}) == 3
+    assert "by the compiled programs" in str(found)
+    with pytest.raises(autoshard.PlanError, match="plan again"):
+        autoshard.Plan.from_json(plan.to_json(), step, *ARGS).verify(top=2)
+
+
+def test_a_compiler_that_is_not_here_is_named_with_its_wheels() -> None:
+    missing = [c for c in ("h100:8", "tpu-v5e:2x2") if not compiles(c)]
+    for spec in missing:
+        with pytest.raises(NoCompiler, match="pip install"):
+            target_devices(cluster(spec))
+
+
+def compiles(spec: str) -> bool:
+    try:
+        target_devices(cluster(spec))
+    except NoCompiler:
+        return False
+    return True
+
+
+def test_a_chip_of_which_xla_is_told_nothing_is_refused() -> None:
+    unknown = dataclasses.replace(cluster("h100:8"), compiler={})
+    with pytest.raises(NoCompiler, match=r"no \[compiler\] table"):
+        target_devices(unknown)
+    with pytest.raises(NoCompiler, match="cpu:1024 has 1024 devices"):
+        target_devices(cluster("cpu:1024"))
+
+
+def test_xla_is_told_of_a_gpu_in_its_own_words() -> None:
+    text = gpu_target(cluster("h100:8").compiler)
+    assert "core_count: 132\n" in text
+    assert "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED" in text
+    assert "major: 8 minor: 0 feature_extension: NONE" in gpu_target(cluster("a100:8").compiler)
+    assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 39.00G of 15.75G hbm.", 39.0),
+        ("RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (512.00M)"
+         " exceeds available HBM", 0.5),
+        ("RESOURCE_EXHAUSTED: for another reason", 0.0),
+    ],
+)  # fmt: skip
+def test_what_a_program_wanted_is_read_from_the_compilers_message(message: str, gib: float) -> None:
+    assert out_of_memory(message) == gib * 2**30
+    assert out_of_memory("INVALID_ARGUMENT: no") is None
