@@ -3,7 +3,7 @@
 #
 # Another Python:  make test PYTHON=python3.13 VENV=.venv-3.13
 # Some tests:      make test ARGS="tests/passes -k reshard"
-# The TPU compiler's tests too (no TPU needed):  make test EXTRAS=dev,examples,tpu
+# The TPU compiler's tests too (no TPU needed):  make test EXTRAS=dev,examples,verify-tpu
 
 PYTHON ?= python3
 VENV ?= .venv

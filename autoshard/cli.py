@@ -1,4 +1,4 @@
-"""The command `autoshard`: plan, run, compare, explain, verify, clusters.
+"""The command `autoshard`: plan, run, compare, explain, verify, audit, clusters.
 
 Every command is one public call and a print-out. Exit codes: 0 done; 1 no plan fits, or numbers
 differ; 2 the command or the user's code was wrong, in one sentence on stderr (`--debug` shows all);
@@ -269,6 +269,23 @@ def verify_command(
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
     return 0 if verified.fits else 1
+
+
+@app.command("audit")
+@_command
+def audit_command(target: Target, cluster: OnCluster = None, debug: Debug = False) -> int:
+    """Compile a function sharded already: what is sent, and why."""
+    del debug
+    from autoshard.virtual_devices import prepare_compiler
+
+    hardware = prepare_compiler(cluster)
+    fn, args = load(target)
+    from autoshard.audit import audit
+
+    with progress("compiling"):
+        found = audit(fn, *args, cluster=hardware)
+    show(str(found))
+    return 0 if found.fits else 1
 
 
 @app.command("clusters")

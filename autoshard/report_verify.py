@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from autoshard.audit import Audit
 from autoshard.columns import columns
 from autoshard.report_costs import line_text
 from autoshard.verify import Seen, Verification
@@ -15,11 +16,32 @@ _MOST_SEEN, _MOST_SURPRISES, _MOST_UNSEEN = 12, 5, 4
 
 def report(v: Verification) -> str:
     """The verification on one screen."""
-    sections = (head(v), surprises(v), table(v), collectives(v), unseen(v), ranking(v))
+    listed = collectives(v.seen) if v.compiled is not None else []
+    sections = (head(v), surprises(v), table(v), listed, unseen(v), ranking(v))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def head(v: Verification) -> list[str]:
+def report_audit(a: Audit) -> str:
+    """The audit on one screen."""
+    rows = []
+    if a.compiled is not None:
+        rows = [
+            ("compute", format_seconds(a.compiled.compute)) if a.compiled.compute else (),
+            ("communication", format_seconds(a.compiled.comm)),
+            ("sent", f"{format_bytes(a.compiled.sent)} by each device"),
+            ("step", format_seconds(a.compiled.step)) if a.compiled.step else (),
+        ]
+    axes = [name for name, _ in a.mesh]
+    seen = [
+        Seen(f, tuple(axes[k] for k in f.axes or ()), f.sent, 0.0)
+        for f in (a.compiled.collectives if a.compiled else ())
+    ]
+    numbers = columns([row for row in rows if row], "ll", "  ")
+    table = collectives(seen, told=False) if a.compiled is not None else []
+    return "\n\n".join("\n".join(lines) for lines in ([*head(a), *numbers], table) if lines)
+
+
+def head(v: Verification | Audit) -> list[str]:
     """What was compiled for what, and whether it fits."""
     mesh = " ".join(f"{n}={s}" for n, s in v.mesh)
     lines = [("compiled", f"for {v.cluster}, mesh {mesh}, by its own compiler, without hardware")]
@@ -84,10 +106,13 @@ def _row(name: str, predicted: float, compiled: float | None, text: object) -> t
     return name, text(predicted), text(compiled), error
 
 
-def collectives(v: Verification) -> list[str]:
-    """The collectives of the compiled program, like ones of a line together."""
+def collectives(found: Sequence[Seen], told: bool = True) -> list[str]:
+    """The collectives of the compiled program, like ones of a line together.
+
+    told: whether a plan foretold any.
+    """
     groups: dict[tuple[str, str, str], list[Seen]] = {}
-    for s in v.seen:
+    for s in found:
         key = s.found.kind, "+".join(s.axes) or f"of {s.found.size}", s.found.source
         groups.setdefault(key, []).append(s)
     order = sorted(groups.items(), key=lambda item: (-_sent(item[1]), item[0]))
@@ -99,12 +124,12 @@ def collectives(v: Verification) -> list[str]:
             format_seconds(sum(s.found.seconds for s in seen)),
             "beside compute" if all(s.found.hidden for s in seen) else "",
             line_text(source),
-            _foreseen(seen),
+            _foreseen(seen) if told else "",
         )
         for (kind, axes, source), seen in order[:_MOST_SEEN]
     ]
     if not rows:
-        return ["collectives in the compiled program  none"] if v.compiled else []
+        return ["collectives in the compiled program  none"]
     left = order[_MOST_SEEN:]
     more = (
         [f"  and {len(left)} more: {format_bytes(sum(_sent(s) for _, s in left))}"] if left else []

@@ -100,6 +100,11 @@ def _topology(platform: str, name: str, options: tuple[tuple[str, Any], ...]) ->
     try:
         return topologies.get_topology_desc(name, client, **dict(options))
     except Exception as e:  # of many kinds, by version
+        if "lockfile" in str(e) or "already in use" in str(e):
+            raise NoCompiler(
+                "another process is using libtpu, which lets in one at a time: wait for it to end, "
+                "or set ALLOW_MULTIPLE_LIBTPU_LOAD=true where no TPU is at work"
+            ) from e
         raise NoCompiler(
             f"the {platform.upper()} compiler here does not know the topology {name}: {_first(e)}"
         ) from e

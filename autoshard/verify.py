@@ -8,25 +8,20 @@ the plan has as many bytes to send along its axes, on its line of the user's cod
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 
-from autoshard.compiled import Found, Profile, profile
+from autoshard.ask_compiler import ask_compiler
+from autoshard.compiled import Found, Profile
 from cost_models.cluster import Cluster
 from cost_models.collectives import Collective, sent_bytes
-from cost_models.units import parse_bytes
 from passes.ir.plan import Cost, Plan
 
 # The plan's bytes and XLA's differ by padding, and by a sum that XLA makes in another type.
 _NEARLY = 0.02
-
-
-class CompilerRefused(RuntimeError):
-    """The target's compiler does not take the program, for another reason than its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +100,9 @@ def verify(
     Raises CompilerRefused where the compiler finds fault with more than the program's memory.
     """
     cluster = Cluster.from_dict(plan.cluster)
-    needed, compiled = 0.0, None
-    try:
-        compiled = profile(
-            lower(devices).compile(compiler_options=dict(options) or None),
-            cluster,
-            plan.mesh_axes.sizes,
-        )
-    except jax.errors.JaxRuntimeError as e:
-        found = out_of_memory(str(e))
-        if found is None:
-            first = next((line for line in str(e).splitlines() if line.strip()), "")
-            raise CompilerRefused(
-                f"the compiler for {cluster} does not take {plan.name}: {first[:400]}"
-            ) from e
-        needed = found
+    compiled, needed = ask_compiler(
+        lower(devices), cluster, plan.mesh_axes.sizes, options, plan.name
+    )
     seen, unseen = match(plan, compiled.collectives if compiled else ())
     return Verification(
         name=plan.name,
@@ -135,26 +118,6 @@ def verify(
         options=dict(options),
         solver=plan.solver,
     )
-
-
-def out_of_memory(message: str) -> float | None:
-    """Bytes that a program wanted by its compiler's message; None where it says something else.
-
-    >>> out_of_memory("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
-    ...               "memory space hbm. Used 39.00G of 15.75G hbm.")
-    41875931136.0
-    >>> out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
-    ...               "for HLO temporaries (36.81G) exceeds available HBM (15.75G).") / 2**30
-    36.81
-    """
-    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
-        return None
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    used = used or re.search(r"memory required for .*?\(([\d.]+)([KMGT]?)\) exceeds", message)
-    used = used or re.search(r"[Aa]llocat\w* (?:of )?([\d.]+)([KMGT]?)i?B?", message)
-    if used is None:
-        return 0.0
-    return float(parse_bytes(f"{used[1]}{used[2]}iB" if used[2] else f"{used[1]}B"))
 
 
 def match(

@@ -40,7 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("libtpu") is None:
         for item in items:
             if item.get_closest_marker("libtpu"):
-                item.add_marker(pytest.mark.skip(reason="needs the TPU compiler: autoshard[tpu]"))
+                item.add_marker(
+                    pytest.mark.skip(reason="needs the TPU compiler: autoshard[verify-tpu]")
+                )
 
 
 @pytest.fixture

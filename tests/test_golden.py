@@ -55,4 +55,4 @@ def test_without_the_tpu_compiler_its_tests_are_skipped_in_one_line(folder: Path
     (folder / "hide.py").write_text("import sys; sys.modules['libtpu'] = None")
     done = run(folder, "one\ntwo\n", "-p", "hide")
     assert "1 passed, 1 skipped" in done.stdout
-    assert "needs the TPU compiler: autoshard[tpu]" in done.stdout
+    assert "needs the TPU compiler: autoshard[verify-tpu]" in done.stdout

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
+from autoshard.ask_compiler import out_of_memory
 from autoshard.targets import NoCompiler, gpu_target, target_devices
-from autoshard.verify import match, out_of_memory
+from autoshard.verify import match
 from cost_models.cluster import cluster
 
 
