@@ -3,8 +3,8 @@
     plan = autoshard.plan(train_step, state, batch, cluster="tpu-v5e:4x4")
     print(plan)
 
-Importing does no work: it starts no backend, and jax itself is imported when one of the four names
-that need it is first used, so that `autoshard --help` answers at once.
+Importing does no work: it starts no backend, and jax itself is imported when one of the names that
+need it is first used, so that `autoshard --help` answers at once.
 """
 
 from importlib import import_module
@@ -20,22 +20,28 @@ from passes.ir.plan import PlanError
 if TYPE_CHECKING:
     from autoshard.annotation import annotate
     from autoshard.api import Plan, parallelize, plan
+    from autoshard.ask_compiler import CompilerRefused
+    from autoshard.auditing import audit
     from autoshard.mesh import DevicesError
+    from autoshard.targets import NoCompiler
     from passes.search import NoFeasiblePlan
 
 __all__ = [  # noqa: RUF022 (in plain order)
     "Cluster",
     "ClusterError",
+    "CompilerRefused",
     "DevicesError",
     "HintConflict",
     "HintError",
     "MeshError",
+    "NoCompiler",
     "NoFeasiblePlan",
     "OPEN",
     "Plan",
     "PlanError",
     "UnknownCluster",
     "annotate",
+    "audit",
     "cluster",
     "parallelize",
     "plan",
@@ -43,10 +49,13 @@ __all__ = [  # noqa: RUF022 (in plain order)
 
 # Where the names live that bring in jax, or a solver.
 _LATER = {
+    "CompilerRefused": "autoshard.ask_compiler",
     "DevicesError": "autoshard.mesh",
+    "NoCompiler": "autoshard.targets",
     "NoFeasiblePlan": "passes.search",
     "Plan": "autoshard.api",
     "annotate": "autoshard.annotation",
+    "audit": "autoshard.auditing",
     "parallelize": "autoshard.api",
     "plan": "autoshard.api",
 }

@@ -35,7 +35,7 @@ from passes.normalize import drop_dead, merge_same
 from passes.search import SOLVERS, Found, Progress, search
 
 if TYPE_CHECKING:
-    from autoshard.verify import Verification
+    from autoshard.verification import Verification
 
 Hints = Mapping[str, Any]
 
@@ -195,7 +195,7 @@ class Plan:
         PlanError.
         """
         from autoshard.targets import target_devices
-        from autoshard.verify import verify
+        from autoshard.verification import verify
 
         tell = progress or (lambda _: None)
         found = target_devices(Cluster.from_dict(self.data.cluster)) if devices is None else devices

@@ -280,7 +280,7 @@ def audit_command(target: Target, cluster: OnCluster = None, debug: Debug = Fals
 
     hardware = prepare_compiler(cluster)
     fn, args = load(target)
-    from autoshard.audit import audit
+    from autoshard.auditing import audit
 
     with progress("compiling"):
         found = audit(fn, *args, cluster=hardware)

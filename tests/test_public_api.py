@@ -14,8 +14,8 @@ import pytest
 
 import autoshard
 
-NAMES = {"Cluster", "OPEN", "Plan", "annotate", "cluster", "parallelize", "plan"}
-COMMANDS = {"plan", "run", "compare", "explain", "clusters"}
+NAMES = {"Cluster", "OPEN", "Plan", "annotate", "audit", "cluster", "parallelize", "plan"}
+COMMANDS = {"plan", "run", "compare", "explain", "verify", "audit", "clusters"}
 
 
 def parameters(function: Callable[..., Any]) -> str:

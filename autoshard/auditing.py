@@ -36,7 +36,7 @@ class Audit:
         return held is not None and held.peak <= self.memory_limit
 
     def __str__(self) -> str:
-        from autoshard.report_verify import report_audit
+        from autoshard.report_compiled import report_audit
 
         return report_audit(self)
 

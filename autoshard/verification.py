@@ -84,7 +84,7 @@ class Verification:
         return held is not None and held.peak <= self.memory_limit
 
     def __str__(self) -> str:
-        from autoshard.report_verify import report
+        from autoshard.report_compiled import report
 
         return report(self)
 

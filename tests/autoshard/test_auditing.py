@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from autoshard.audit import audit
+from autoshard.auditing import audit
 from autoshard.retarget import NotSharded
 
 MESH = Mesh(
@@ -38,7 +38,7 @@ def test_shardings_of_the_arguments() -> None:
     assert found.compiled is not None
     assert {(c.kind, c.axes) for c in found.compiled.collectives} == {("all_reduce", (1,))}
     assert "(product)" in found.compiled.collectives[0].source
-    assert "test_audit.py" in str(found)
+    assert "test_auditing.py" in str(found)
     assert found.fits
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from autoshard.audit import Audit
 from autoshard.columns import columns
 from autoshard.report_costs import line_text
-from autoshard.verify import Seen, Verification
 from cost_models.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from autoshard.auditing import Audit
+    from autoshard.compiled import Found
+    from autoshard.verification import Seen, Verification
 
 _MOST_SEEN, _MOST_SURPRISES, _MOST_UNSEEN = 12, 5, 4
 
 
 def report(v: Verification) -> str:
     """The verification on one screen."""
-    listed = collectives(v.seen) if v.compiled is not None else []
+    found = [s.found for s in v.seen]
+    listed = collectives(found, v.mesh, v.seen) if v.compiled is not None else []
     sections = (head(v), surprises(v), table(v), listed, unseen(v), ranking(v))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -31,13 +36,8 @@ def report_audit(a: Audit) -> str:
             ("sent", f"{format_bytes(a.compiled.sent)} by each device"),
             ("step", format_seconds(a.compiled.step)) if a.compiled.step else (),
         ]
-    axes = [name for name, _ in a.mesh]
-    seen = [
-        Seen(f, tuple(axes[k] for k in f.axes or ()), f.sent, 0.0)
-        for f in (a.compiled.collectives if a.compiled else ())
-    ]
     numbers = columns([row for row in rows if row], "ll", "  ")
-    table = collectives(seen, told=False) if a.compiled is not None else []
+    table = collectives(a.compiled.collectives, a.mesh) if a.compiled is not None else []
     return "\n\n".join("\n".join(lines) for lines in ([*head(a), *numbers], table) if lines)
 
 
@@ -106,43 +106,41 @@ def _row(name: str, predicted: float, compiled: float | None, text: object) -> t
     return name, text(predicted), text(compiled), error
 
 
-def collectives(found: Sequence[Seen], told: bool = True) -> list[str]:
-    """The collectives of the compiled program, like ones of a line together.
+def collectives(
+    found: Sequence[Found], mesh: Sequence[tuple[str, int]], seen: Sequence[Seen] = ()
+) -> list[str]:
+    """The collectives of a compiled program, like ones of a line together.
 
-    told: whether a plan foretold any.
+    seen: for each of them what a plan foresaw, where there was one.
     """
-    groups: dict[tuple[str, str, str], list[Seen]] = {}
-    for s in found:
-        key = s.found.kind, "+".join(s.axes) or f"of {s.found.size}", s.found.source
-        groups.setdefault(key, []).append(s)
-    order = sorted(groups.items(), key=lambda item: (-_sent(item[1]), item[0]))
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for k, f in enumerate(found):
+        axes = "+".join(mesh[a][0] for a in f.axes) if f.axes is not None else f"of {f.size}"
+        groups.setdefault((f.kind, axes, f.source), []).append(k)
+    sent = {key: sum(found[k].sent for k in ks) for key, ks in groups.items()}
+    order = sorted(groups.items(), key=lambda item: (-sent[item[0]], item[0]))
     rows = [
         (
-            format_bytes(_sent(seen)),
-            f"{kind} {axes}",
-            f"x{sum(s.found.trips for s in seen):g}",
-            format_seconds(sum(s.found.seconds for s in seen)),
-            "beside compute" if all(s.found.hidden for s in seen) else "",
-            line_text(source),
-            _foreseen(seen) if told else "",
+            format_bytes(sent[key]),
+            " ".join(key[:2]),
+            f"x{sum(found[k].trips for k in ks):g}",
+            format_seconds(sum(found[k].seconds for k in ks)),
+            "beside compute" if all(found[k].hidden for k in ks) else "",
+            line_text(key[2]),
+            _foreseen([seen[k] for k in ks]) if seen else "",
         )
-        for (kind, axes, source), seen in order[:_MOST_SEEN]
+        for key, ks in order[:_MOST_SEEN]
     ]
     if not rows:
         return ["collectives in the compiled program  none"]
     left = order[_MOST_SEEN:]
-    more = (
-        [f"  and {len(left)} more: {format_bytes(sum(_sent(s) for _, s in left))}"] if left else []
-    )
+    rest = format_bytes(sum(sent[key] for key, _ in left))
+    more = [f"  and {len(left)} more: {rest}"] if left else []
     return ["collectives in the compiled program", *columns(rows, "rlrrlll", "  ", 120), *more]
 
 
-def _sent(seen: Sequence[Seen]) -> float:
-    return sum(s.found.sent for s in seen)
-
-
 def _foreseen(seen: Sequence[Seen]) -> str:
-    sent, here = _sent(seen), sum(s.here for s in seen)
+    sent, here = sum(s.found.sent for s in seen), sum(s.here for s in seen)
     if not any(s.surprise for s in seen):
         return "foreseen" if here > 0.5 * sent else "foreseen on another line"
     known = (here + sum(s.elsewhere for s in seen)) / sent

@@ -12,7 +12,7 @@ import pytest
 import autoshard
 from autoshard.ask_compiler import out_of_memory
 from autoshard.targets import NoCompiler, gpu_target, target_devices
-from autoshard.verify import match
+from autoshard.verification import match
 from cost_models.cluster import cluster
 
 
@@ -47,7 +47,7 @@ def test_bytes_are_sent_as_foreseen(solver: str, mesh: dict[str, int]) -> None:
     assert 0.9 <= found.compiled.sent / max(plan.cost.comm_bytes, 1) <= 2.1
     text = str(found)
     assert "peak memory" in text
-    assert "test_verify.py:" in text or not found.seen
+    assert "test_verification.py:" in text or not found.seen
 
 
 def test_a_collective_that_no_line_of_the_plan_sends_is_a_surprise() -> None:
