@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint types format bench wheel-test clean
+.PHONY: demo test lint types format bench accuracy wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/02_byte_gpt.py
@@ -37,6 +37,11 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --no-header -q -s -o python_files="bench_*.py" tests/benchmarks $(ARGS)
+
+# Predictions against the real compilers: minutes for each program.
+accuracy: $(INSTALLED)
+	PYTHONPATH=.:examples:tests/accuracy JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=true \
+	    $(BIN)/python tests/accuracy/collect.py $(ARGS)
 
 # The wheel alone, in a fresh environment, with the checkout out of sight.
 WHEEL_VENV := $(CURDIR)/.venv-wheel

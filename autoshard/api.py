@@ -76,6 +76,11 @@ class Plan:
         return self.data.alternatives
 
     @property
+    def compiler_options(self) -> Mapping[str, str]:
+        """XLA's options for the plan's program: `lower().compile(compiler_options=...)`."""
+        return dict(self.data.compiler_options)
+
+    @property
     def state(self) -> tuple[tuple[int, int], ...]:
         """Places, in flattened order, of arguments and of the results that take their place."""
         traced = self._bound("state")
@@ -162,7 +167,7 @@ class Plan:
         """The compiled function: takes and returns what fn does, and places arguments by itself."""
         traced = self._bound("compile")
         mesh = self._device_mesh(devices)
-        compiled = self.lower(mesh).compile()
+        compiled = self.lower(mesh).compile(compiler_options=self._options(mesh.devices.flat[0]))
         shardings = self._in_named(mesh)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -189,7 +194,8 @@ class Plan:
         """Compile the plan for its cluster, without the hardware, and compare with the prediction.
 
         devices: those to compile for, such as a topology's; None for the cluster's own. top: how
-        many plans to compile, this one and the best of those that it beat.
+        many plans to compile, this one and the best of those that it beat; where it has
+        `compiler_options`, also without them.
 
         Raises NoCompiler where the compiler for that cluster is not here, CompilerRefused,
         PlanError.
@@ -200,12 +206,21 @@ class Plan:
         tell = progress or (lambda _: None)
         found = target_devices(Cluster.from_dict(self.data.cluster)) if devices is None else devices
         tell(f"compiling for {found[0].device_kind}")
-        own = verify(self.data, self.lower, found, {})
+        options = self._options(found[0])
+        own = verify(self.data, self.lower, found, options)
         others = []
         for other in self._best_others(top - 1, tell):
             tell(f"compiling {other.data.solver} on {other.data.mesh_axes}")
-            others.append(verify(other.data, other.lower, found, {}))
+            others.append(verify(other.data, other.lower, found, options))
+        if options and top > 1:
+            tell("compiling without options")
+            others.append(verify(self.data, self.lower, found, {}))
         return dataclasses.replace(own, others=tuple(others))
+
+    def _options(self, device: Any) -> dict[str, Any]:
+        """The plan's compiler options, where the device is of the platform they are meant for."""
+        meant = device.platform == self.data.cluster["platform"]
+        return dict(self.data.compiler_options) if meant else {}
 
     def _best_others(self, count: int, tell: Progress) -> list[Plan]:
         """The best of the plans that this one beat, different ones only."""

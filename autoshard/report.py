@@ -63,6 +63,7 @@ def head(plan: Plan) -> list[str]:
             f"each sends {format_bytes(cost.comm_bytes)}",
         ),
         ("found by", how_found(plan)),
+        *(("compile", f"{k}={v}") for k, v in sorted(plan.compiler_options.items())),
     ]
     return [plan.name, *columns(lines, "ll", "  ")]
 

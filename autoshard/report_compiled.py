@@ -164,7 +164,7 @@ def ranking(v: Verification) -> list[str]:
     rows = [
         (
             ">" if o is v else "",
-            o.solver,
+            o.solver + ("" if o.options == v.options else ", no options"),
             " ".join(f"{n}={s}" for n, s in o.mesh),
             format_seconds(o.predicted.step_time),
             format_seconds(o.judged) if o.judged < math.inf else "does not fit",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from passes.compiler_options import compiler_options
 from passes.constraints import constraints, reshards
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import (
@@ -253,6 +254,7 @@ def assemble(
         reshards=reshards(priced, solution.choice, values, answer.strategies),
         donated=tuple(i for i, v in enumerate(graph.inputs) if v in graph.donated),
         notes=(*graph.notes, *notes),
+        compiler_options=compiler_options(priced.cluster),
     )
 
 

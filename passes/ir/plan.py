@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cost_models.cluster import Cluster
@@ -21,7 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.ir.text import hint_text
 
-VERSION = 2
+VERSION = 3
 Axes = tuple[int, ...]
 
 
@@ -120,7 +121,7 @@ class Plan:
 
     status: "optimal", "feasible" (with the gap to the bound) or "fixed" for a baseline. signature:
     per operation its name and types, from which the fingerprint is made. donated: places of the
-    arguments whose memory the function may reuse.
+    arguments whose memory the function may reuse. compiler_options: of XLA, for the program.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Plan:
     donated: tuple[int, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
+    compiler_options: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -211,6 +213,8 @@ def _typed(wanted: Any, value: Any) -> Any:
     parts = get_args(wanted)
     if type(None) in parts:
         return None if value is None else _typed(parts[0], value)
+    if get_origin(wanted) is UnionType:
+        wanted = next((p for p in parts if type(value) is p), float)
     if get_origin(wanted) is tuple and isinstance(value, list):
         if parts[-1] is Ellipsis:
             return tuple(_typed(parts[0], v) for v in value)

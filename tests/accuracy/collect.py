@@ -1,6 +1,6 @@
 """Compile plans with the real compilers, and keep beside each other what was predicted and found.
 
-    python tests/accuracy/collect.py OUT.jsonl --clusters tpu-v5e:4x4 --programs gpt_1p3b,vit
+    make accuracy ARGS="OUT.jsonl --clusters tpu-v5e:4x4 --programs gpt_1p3b,vit"
 
 Writes one line of JSON for each program, cluster and solver; what OUT has already is left out.
 """
@@ -11,17 +11,11 @@ import argparse
 import dataclasses
 import gzip
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-from programs import PROGRAMS
+from accuracy_programs import PROGRAMS
 
 import autoshard
 from autoshard.targets import target_devices
@@ -53,7 +47,7 @@ def collect(name: str, spec: str, solver: str, keep: Path | None) -> dict[str, A
     planned = time.perf_counter()
     file = None if keep is None else keep / f"{name}--{spec.replace(':', '_')}--{solver}"
     devices = target_devices(autoshard.cluster(spec))
-    found = verify(plan.data, lambda d: Kept(plan.lower(d), file), devices, {})
+    found = verify(plan.data, lambda d: Kept(plan.lower(d), file), devices, plan.compiler_options)
     if file is not None:
         Path(f"{file}.plan.json").write_text(plan.to_json())
     compiled = found.compiled
@@ -76,14 +70,15 @@ def collect(name: str, spec: str, solver: str, keep: Path | None) -> dict[str, A
     }
 
 
+# Those that are no train steps, and give nothing away.
+KEEPS = frozenset(
+    {"decode", "gpt_forward", "llama_forward", "long_attention", "long_blockwise", "video"}
+)
+
+
 def donated(name: str) -> tuple[int, ...]:
     """A train step gives its state away, as trainers do."""
-    return (
-        ()
-        if name.endswith("forward")
-        or name in ("long_attention", "long_blockwise", "video", "decode")
-        else (0,)
-    )
+    return () if name in KEEPS else (0,)
 
 
 def main() -> None:

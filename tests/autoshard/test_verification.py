@@ -121,3 +121,27 @@ def test_xla_is_told_of_a_gpu_in_its_own_words() -> None:
 def test_what_a_program_wanted_is_read_from_the_compilers_message(message: str, gib: float) -> None:
     assert out_of_memory(message) == gib * 2**30
     assert out_of_memory("INVALID_ARGUMENT: no") is None
+
+
+def test_a_plan_carries_the_options_of_its_compiler_and_others_do_not_get_them() -> None:
+    plan = autoshard.plan(step, *ARGS, cluster="tpu-v5e:2x4")
+    assert plan.compiler_options
+    again = autoshard.Plan.from_json(plan.to_json(), step, *ARGS)
+    assert again.compiler_options == plan.compiler_options
+    assert next(iter(plan.compiler_options)) in str(plan)
+    arrays = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), ARGS)
+    _, loss = again.compile()(*arrays)  # XLA:CPU does not know them
+    assert jnp.isfinite(loss)
+    assert autoshard.plan(step, *ARGS, cluster="cpu:8").compiler_options == {}
+
+
+@pytest.mark.libtpu
+def test_the_tpu_compiler_confirms_a_plan_and_its_options() -> None:
+    plan = autoshard.plan(step, *ARGS, cluster="tpu-v5e:2x4", mesh={"data": 8}, solver="fsdp")
+    found = plan.verify(top=2)
+    assert found.options == plan.compiler_options
+    assert found.compiled is not None
+    assert found.compiled.compute is not None
+    assert 0.3 <= plan.cost.compute_time / found.compiled.compute <= 3
+    assert [o.options for o in found.others][-1] == {}
+    assert "no options" in str(found)

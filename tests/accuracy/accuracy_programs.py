@@ -6,18 +6,13 @@ runs. `PROGRAMS[name]()` gives `(fn, args)`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
 import zoo
 from zoo import Job, Tree, attention, heads_of, layer_norm, rms_norm, shape, shapes, stacked
 

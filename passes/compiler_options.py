@@ -1,0 +1,26 @@
+"""Which of XLA's options does a plan want for its program?  Chosen by rule, and kept in the plan.
+
+Only options that make the program what it was priced as: they are given to `Lowered.compile`, and
+hold for one program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cost_models.cluster import Cluster
+
+# XLA:TPU may turn a product of a gathered operand into a loop that gathers the next part while it
+# multiplies this one ("windowed einsum"). It prices the many small products at up to twice the
+# cycles of the one large product: on v5e:4x4, a ViT-L step split as FSDP takes 31.8 ms of compute
+# with it and 26.9 without, an MLP split as TP 7.2 and 4.9 (XLA:TPU's estimated cycles; jax 0.10.2,
+# libtpu 0.0.42.1). Gathers of whole operands run beside compute too. No operand is as large as
+# this.
+_NEVER_MIB = "1000000"
+
+
+def compiler_options(cluster: Cluster) -> Mapping[str, str]:
+    """Option to value, for `jax.stages.Lowered.compile(compiler_options=...)`."""
+    if cluster.platform == "tpu":
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": _NEVER_MIB}
+    return {}
