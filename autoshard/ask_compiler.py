@@ -47,8 +47,8 @@ def out_of_memory(message: str) -> float | None:
     ...               "memory space hbm. Used 39.00G of 15.75G hbm.")
     41875931136.0
     >>> out_of_memory("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
-    ...               "for HLO temporaries (36.81G) exceeds available HBM (15.75G).") / 2**30
-    36.81
+    ...               "for HLO temporaries (36.75G) exceeds available HBM (15.75G).") / 2**30
+    36.75
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
