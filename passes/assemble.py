@@ -32,7 +32,6 @@ from passes.reshard import Step, reshard_seconds, reshard_sent, steps
 from passes.solve.problem import Solution
 from passes.strategies import (
     NOWHERE,
-    Layouts,
     Strategy,
     group_of,
     parts,
@@ -90,9 +89,8 @@ def changes(
             trips = graph.trips(op.region)
             out.append(Change(op.id, side, k, v, f, t, shared, moves, trips))
 
-    layout = Layouts(sizes)
     for op in graph.ops:
-        wants, gives = layout.of(op.rule, chosen[op.id])
+        wants, gives = priced.layouts.of(op.rule, chosen[op.id])
         for k, v in enumerate(op.inputs):
             if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
                 continue
@@ -191,8 +189,9 @@ def _seconds(priced: Priced, chosen: Sequence[Strategy]) -> tuple[float, ...]:
         key = (id(op.rule), strategy, counted)
         if key not in known:
             known[key] = op_seconds(
-                graph, op, strategy, priced.mesh, priced.cluster, priced.links, counted
-            )
+                graph, op, strategy, priced.layouts, priced.mesh, priced.cluster, priced.links,
+                counted,
+            )  # fmt: skip
         out.append(known[key] * trips[op.region])
     return tuple(out)
 

@@ -15,7 +15,7 @@ from passes.ir.rule import Dim, Rule
 from passes.ir.sharding import BROADCAST, PARTIAL
 from passes.price import Priced
 from passes.reshard import path
-from passes.strategies import Layouts, Strategy, divides
+from passes.strategies import Strategy, divides
 
 
 def constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ...]:
@@ -39,10 +39,9 @@ def reshards(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Reshard, ...]:
     """What the lowering has to do to operands, and to results made otherwise than they are kept."""
-    layout = Layouts(priced.mesh.sizes)
     out: list[Reshard] = []
     for op in priced.graph.ops:
-        wants, gives = layout.of(op.rule, chosen[op.id])
+        wants, gives = priced.layouts.of(op.rule, chosen[op.id])
         out += _operand_reshards(priced, choice, op, values, wants)
         if not op.is_link:
             out += _result_reshards(priced, op, values, gives)

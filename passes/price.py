@@ -31,11 +31,11 @@ from passes.reshard_table import PICO, ReshardTable
 from passes.solve.problem import Costs, Edge, Node, Problem, Use
 from passes.strategies import (
     Axes,
+    Layouts,
     Strategy,
     factor_parts,
     operand_axes,
     parts,
-    result_axes,
     strategies,
     strategy_from,
     value_choices,
@@ -71,6 +71,7 @@ class Priced:
     node_of_group: per group its node, or -1 where it has only one choice. owner: per op the node
     that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
     constant: seconds that no choice changes. only: per group its sole choice where it has no node.
+    layouts: what strategies want and make, as far as it was asked.
     """
 
     graph: Graph
@@ -88,6 +89,7 @@ class Priced:
     copies: Mapping[tuple[int, int], int]
     reads: tuple[frozenset[int], ...]
     constant: float
+    layouts: Layouts
 
 
 def price(
@@ -125,6 +127,7 @@ class _Pricer:
         self.constant = 0.0
         self.cache: dict[Any, Any] = {}
         self.copies: dict[tuple[int, int], int] = {}
+        self.layouts = Layouts(mesh.sizes)
         self.table = ReshardTable(mesh.sizes, self.links)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
@@ -181,6 +184,7 @@ class _Pricer:
             self.copies,
             self.reads,
             self.constant,
+            self.layouts,
         )
 
     def group_choices(self, group: Group) -> tuple[Axes, ...]:
@@ -386,8 +390,9 @@ class _Pricer:
                 for s in table:
                     if s not in known:
                         known[s] = op_seconds(
-                            self.graph, op, s, self.mesh, self.cluster, self.links, counted
-                        )
+                            self.graph, op, s, self.layouts, self.mesh, self.cluster, self.links,
+                            counted,
+                        )  # fmt: skip
                 trips = self.trips[op.region] * PICO
                 self.cache[key] = np.array([known[s] for s in table]) * trips
         out: Costs = self.cache[key]
@@ -409,12 +414,8 @@ class _Pricer:
     def wants(self, op: Op, side: str, k: int, table: tuple[Strategy, ...]) -> tuple[Axes, ...]:
         key = ("wants", id(op.rule), side, k, id(table))
         if key not in self.cache:
-            axes = operand_axes if side == "operand" else result_axes
-            known: dict[Strategy, Axes] = {}
-            for s in table:
-                if s not in known:
-                    known[s] = axes(op.rule, k, s, self.sizes)
-            self.cache[key] = tuple(known[s] for s in table)
+            at = 0 if side == "operand" else 1
+            self.cache[key] = tuple([self.layouts.of(op.rule, s)[at][k] for s in table])
         out: tuple[Axes, ...] = self.cache[key]
         return out
 
@@ -456,6 +457,7 @@ def op_seconds(
     graph: Graph,
     op: Op,
     strategy: Strategy,
+    layouts: Layouts,
     mesh: Mesh,
     cluster: Cluster,
     links: Sequence[AxisLink],
@@ -467,9 +469,10 @@ def op_seconds(
     """
     rule, split = op.rule, parts(strategy, mesh.sizes)
     types = [graph.values[v].type for v in (*op.inputs, *op.outputs)]
+    ins, outs = layouts.of(rule, strategy)
     moved = 0.0
     for k in counted:
-        axes = tensor_of(op, k, strategy, mesh.sizes)
+        axes = ins[k] if k < len(ins) else outs[k - len(ins)]
         moved += types[k].nbytes / _shards(axes, mesh.sizes)
     if rule.moved is not None:  # a slice does not read all of its operand
         moved = min(moved, rule.moved / split) if rule.fuses else rule.moved / split
@@ -478,13 +481,6 @@ def op_seconds(
         cluster.chip, flops, moved, types[0].dtype if types else "float32", op.name in MATRIX_OPS
     )
     return time + _halo_seconds(op, strategy, mesh, links, types)
-
-
-def tensor_of(op: Op, k: int, strategy: Strategy, sizes: tuple[int, ...]) -> Axes:
-    """Sharding of tensor k, operands first and then results, under a strategy."""
-    if k < len(op.inputs):
-        return operand_axes(op.rule, k, strategy, sizes)
-    return result_axes(op.rule, k - len(op.inputs), strategy, sizes)
 
 
 def _shards(axes: Axes, sizes: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ once, and a matrix is picked from the seconds that each sequence takes for a val
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ class ReshardTable:
         self._between = np.full((64, 64), _UNKNOWN, np.intp)  # numbers of shardings to a sequence's
         self._lists: dict[int, tuple[Numbers, object]] = {}
         self._once: dict[float, Costs] = {}
+        self._steps: dict[Step | None, int] = {}
+        self._by_step = np.zeros((0, 0), np.intp)  # [sequence, place]: number of the step
         self._matrices: dict[tuple[int, int, float, float], Costs] = {}
 
     def matrix(
@@ -61,22 +64,67 @@ class ReshardTable:
         found = self._between[np.ix_(rows, columns)]
         at, to = np.nonzero(found == _UNKNOWN)
         if len(at):
-            axes, given = list(self._shardings), self._sequences
-            pairs = dict.fromkeys(zip(rows[at].tolist(), columns[to].tolist(), strict=True))
-            for i, j in pairs:
-                moves = steps(axes[i], axes[j], self._sizes)
-                self._between[i, j] = given.setdefault(moves, len(given))
+            i, j = rows[at], columns[to]
+            self._between[i, j] = self._looked_up(i, j)
             found = self._between[np.ix_(rows, columns)]
         return found
+
+    def _looked_up(self, i: Numbers, j: Numbers) -> Numbers:
+        """The sequences from shardings i to shardings j; of pairs that are alike one is asked."""
+        axes = np.array(list(self._shardings), np.intp)
+        pairs = np.concatenate([axes[i], axes[j]], axis=1)
+        _, first, which = np.unique(_alike(pairs), return_index=True, return_inverse=True)
+        n = len(self._sizes)
+        sequences = []
+        for pair in pairs[first].tolist():
+            moves = steps(tuple(pair[:n]), tuple(pair[n:]), self._sizes)
+            sequences.append(self._sequences.setdefault(moves, len(self._sequences)))
+        return np.array(sequences, np.intp)[which]
 
     def _picoseconds(self, nbytes: float) -> Costs:
         """Per sequence its time for a value of this many bytes."""
         known = self._once.get(nbytes)
         if known is None or len(known) < len(self._sequences):
-            self._once[nbytes] = known = np.array(
-                [
-                    INFINITY if s is None else reshard_seconds(s, nbytes, self._links) * PICO
-                    for s in self._sequences
-                ]
-            )
+            self._learn()
+            times = np.array([self._step_seconds(s, nbytes) for s in self._steps])
+            self._once[nbytes] = known = times[self._by_step].sum(axis=1) * PICO
         return known
+
+    def _learn(self) -> None:
+        """Split new sequences into their steps: thousands of sequences share few different ones."""
+        if len(self._by_step) == len(self._sequences):
+            return
+        rows = [
+            [self._steps.setdefault(s, len(self._steps)) for s in (_NO_WAY if q is None else q)]
+            for q in self._sequences
+        ]
+        longest = max(map(len, rows), default=0)
+        rest = self._steps.setdefault(_NOTHING, len(self._steps))
+        self._by_step = np.array([[*r, *[rest] * (longest - len(r))] for r in rows], np.intp)
+
+    def _step_seconds(self, step: Step | None, nbytes: float) -> float:
+        if step is None:
+            return INFINITY
+        return reshard_seconds([step], nbytes, self._links)
+
+
+_NO_WAY = (None,)
+_NOTHING = Step("slice", 0, 0.0, 0.0)
+
+
+def _alike(pairs: Numbers) -> npt.NDArray[Any]:
+    """A number per pair of shardings (a row), the same where only the names of dims differ.
+
+    >>> _alike(np.array([[0, -1, 1, -1], [3, -1, 0, -1], [0, -1, 0, -1]])).tolist()
+    [332, 332, 296]
+    """
+    width = pairs.shape[1]
+    mention = (pairs[:, :, None] == pairs[:, None, :]).argmax(axis=2)  # where an entry is first met
+    dim = pairs >= 0
+    new = dim & (mention == np.arange(width))
+    number = np.take_along_axis(np.cumsum(new, axis=1) - 1, mention, axis=1)
+    digits = np.where(dim, number, pairs) + 2  # B and P are -1 and -2
+    whole = np.intp if (width + 2) ** width < 2**63 else object
+    return np.asarray(
+        digits.astype(whole) @ np.array([(width + 2) ** k for k in range(width)], whole)
+    )

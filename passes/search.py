@@ -26,6 +26,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Plan
 from passes.liveness import Liveness, liveness
 from passes.price import HintUnmet, Priced, price
+from passes.reshard_table import PICO
 from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Problem, Solution
 
@@ -93,27 +94,29 @@ def search(
     if solver not in ("ilp", "propagate"):
         meshes = _natural(solver, meshes)
     tell = progress or (lambda _: None)
-    answers: list[tuple[Priced, Solution]] = []
     lost: list[Alternative] = []
-    unfit: list[HintError] = []
-    for m in meshes:
-        tell(f"mesh {m}")
-        try:
-            priced, solution, others = _on_mesh(setting, m, batch, solver)
-        except HintError as error:
-            unfit.append(error)
-            lost.append(Alternative(solver, _axes(m), None, "breaks a hint"))
-            continue
-        lost += others
-        if solution.choice or not priced.problem.nodes:
-            answers.append((priced, solution))
-        else:
-            lost.append(Alternative(solver, _axes(m), None, _why(priced.problem, solution)))
+    entered, unfit = _entries(setting, meshes, batch, solver, lost, tell)
     if len(unfit) == len(meshes):
         raise unfit[0]
+    answers: list[tuple[Priced, Solution]] = []
+    best = math.inf
+    # The most promising first: the others need only be searched until they can not win.
+    for entry in sorted(entered, key=lambda e: e.promise):
+        priced = entry.priced
+        tell(f"mesh {priced.mesh}")
+        constant = priced.constant * PICO
+        if solver == "ilp":
+            solution = solve_within(priced, entry.starts, limit, best - constant)
+        else:
+            solution = fixed(priced.problem, entry.starts[0])
+        if solution.choice or not priced.problem.nodes:
+            answers.append((priced, solution))
+            best = min(best, solution.cost + constant)
+        else:
+            lost.append(Alternative(solver, _axes(priced.mesh), None, _why(priced, solution)))
     if not answers:
         raise NoFeasiblePlan(_message(setting, lost))
-    answers.sort(key=lambda a: a[1].cost + a[0].constant * 1e12)
+    answers.sort(key=lambda a: (a[1].cost + a[0].constant * PICO, meshes.index(a[0].mesh)))
     priced, solution = answers[0]
     plan = assemble(priced, solution, solver, limit)
     for p, s in answers[1:]:
@@ -123,18 +126,52 @@ def search(
     return Found(replace(plan, alternatives=tuple(order)), priced, solution)
 
 
-def _on_mesh(
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One mesh of a search. starts: choices to begin with; promise: what the best of them costs."""
+
+    priced: Priced
+    starts: tuple[Sequence[int], ...]
+    promise: float
+
+
+def _entries(
+    setting: Setting,
+    meshes: Sequence[Mesh],
+    batch: Sequence[int],
+    solver: str,
+    lost: list[Alternative],
+    tell: Progress,
+) -> tuple[list[_Entry], list[HintError]]:
+    """Each mesh priced, its baselines counted as lost; and the errors of those no hint fits."""
+    entered: list[_Entry] = []
+    unfit: list[HintError] = []
+    for m in meshes:
+        tell(f"pricing mesh {m}")
+        try:
+            entry, others = _enter(setting, m, batch, solver)
+        except HintError as error:
+            unfit.append(error)
+            lost.append(Alternative(solver, _axes(m), None, "breaks a hint"))
+            continue
+        entered.append(entry)
+        lost += others
+    return entered, unfit
+
+
+def _enter(
     setting: Setting, mesh: Mesh, batch: Sequence[int], solver: str
-) -> tuple[Priced, Solution, list[Alternative]]:
-    """The answer on one mesh, with the baselines on it; HintError where a hint does not fit it."""
+) -> tuple[_Entry, list[Alternative]]:
+    """One mesh priced, with the baselines on it; HintError where a hint does not fit it."""
     anchors(setting.graph, mesh, setting.hints)  # its words are the clearest
     priced = price(
         setting.graph, mesh, setting.cluster, setting.decisions, setting.live, setting.limit
     )
     if solver != "ilp":
         choice = baseline(solver, priced, setting.hints, batch)
-        return priced, fixed(priced.problem, choice), []
+        return _Entry(priced, (choice,), 0.0), []
     starts, others = [], []
+    promise = math.inf
     for name in ("propagate", *BASELINES):
         choice = baseline(name, priced, setting.hints, batch)
         starts.append(choice)
@@ -144,18 +181,23 @@ def _on_mesh(
             note = "breaks a hint"
         elif cost.peak_memory > setting.limit:
             note = f"needs {format_bytes(cost.peak_memory)} of memory"
+        else:
+            promise = min(promise, cost.step_time)
         others.append(Alternative(name, _axes(mesh), cost, note))
-    return priced, solve_within(priced, starts, setting.limit), others
+    return _Entry(priced, tuple(starts), promise), others
 
 
-def solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) -> Solution:
+def solve_within(
+    priced: Priced, starts: Sequence[Sequence[int]], limit: float, cutoff: float = math.inf
+) -> Solution:
     """Solve, and again with another limit while the exact memory count is above the real one.
 
     The problem leaves resharded copies out: its limit is lowered by what they take too much, and
     where that asks for the impossible, halfway back. A choice that fits by the exact count is
-    kept; without any, the answer is "infeasible" if the problem itself is, else "unknown".
+    kept; without any, the answer is "infeasible" if the problem itself is, else "unknown". cutoff:
+    a cost to be beaten; where that can not be, the choice is the best one met until this was known.
     """
-    first = solve(priced.problem, starts=starts)
+    first = solve(priced.problem, starts=starts, cutoff=cutoff)
     best: Solution | None = None
     solution, highest, tried = first, limit, limit
     for _ in range(6):
@@ -170,7 +212,7 @@ def solve_within(priced: Priced, starts: Sequence[Sequence[int]], limit: float) 
             tried = (tried + highest) / 2
         if tried <= 0 or (tried >= limit and not solution.choice):
             break
-        solution = solve(replace(priced.problem, limit=tried), starts=starts)
+        solution = solve(replace(priced.problem, limit=tried), starts=starts, cutoff=cutoff)
     for start in starts:
         cost = priced.problem.cost(start)
         if cost < (best.cost if best else math.inf) and _fits(priced, start, limit):
@@ -258,8 +300,11 @@ def _compare(plan: Plan, seconds: float) -> str:
     return f"{ratio:.2f}x the step time"
 
 
-def _why(problem: Problem, solution: Solution) -> str:
+def _why(priced: Priced, solution: Solution) -> str:
+    problem = priced.problem
     short = solution.shortage
+    if solution.stopped == "cutoff":
+        return "nothing on it is as fast"
     if short is None:
         return "no feasible choice found"
     held = ", ".join(

@@ -33,15 +33,17 @@ def solve(
     work: float | None = None,
     time_limit: float | None = None,
     progress: Callable[[Progress], None] | None = None,
+    cutoff: float = np.inf,
 ) -> Solution:
     """The cheapest feasible choice found, never dearer than the best feasible start, and a bound.
 
     work: deterministic units of effort, about a second each; None stops as soon as the gap is
     small. time_limit: seconds, ends the search early (then the answer may differ between machines).
-    progress: told of each new best cost and bound. Raises ProblemError for a malformed problem.
+    progress: told of each new best cost and bound. cutoff: a cost that is to be beaten: the search
+    ends when it can not be. Raises ProblemError for a malformed problem.
     """
     check(problem)
-    meter = Meter(problem, work, time_limit, progress)
+    meter = Meter(problem, work, time_limit, progress, cutoff)
     try:
         for start in starts:
             _check_start(problem, start)

@@ -51,8 +51,10 @@ class Meter:
         work: float | None,
         time_limit: float | None,
         progress: Callable[[Progress], None] | None,
+        cutoff: float = np.inf,
     ) -> None:
         self.problem = problem
+        self.cutoff = cutoff
         self.choice: tuple[int, ...] = ()
         self.cost = np.inf
         self.bound = -np.inf
@@ -114,6 +116,8 @@ class Meter:
         self._progress(Progress(self.cost, self.bound, self.work))
         if self.bound >= self.cost:
             raise Stop("proven")
+        if self.bound >= self.cutoff:
+            raise Stop("cutoff")
 
 
 def _whole(problem: Problem) -> bool:

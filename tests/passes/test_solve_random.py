@@ -142,3 +142,25 @@ def test_a_time_limit_ends_the_search_and_is_told() -> None:
             assert found.status in ("feasible", "unknown")
             return
     pytest.fail("no solve was stopped")
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.5])
+def test_a_cutoff_ends_a_search_that_can_not_beat_it_and_no_other(share: float) -> None:
+    ended = 0
+    for seed in range(40):
+        problem = knotty_problem(seed)
+        right = brute_force(problem)
+        if not right.choice:
+            continue
+        free = solve(dataclasses.replace(problem, limit=None))
+        cutoff = free.cost + share * (right.cost - free.cost)
+        found = solve(problem, cutoff=cutoff)
+        if found.stopped == "cutoff":
+            ended += 1
+            assert cutoff <= found.bound <= right.cost
+            assert not found.choice or problem.feasible(found.choice)
+        else:
+            assert (found.status, found.cost) == ("optimal", right.cost)
+        if cutoff > right.cost:
+            assert found.stopped != "cutoff"
+    assert bool(ended) == (share < 1)  # at the optimum itself "proven" comes first
