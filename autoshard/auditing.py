@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.ask_compiler import ask_compiler
-from autoshard.compiled import Profile
+from autoshard.compiled import Profile, fits
 from autoshard.retarget import lowered_for
 from autoshard.targets import target_devices
 from cost_models.cluster import Cluster
@@ -32,8 +32,7 @@ class Audit:
     @property
     def fits(self) -> bool:
         """Whether the compiled program fits into the devices' memory."""
-        held = self.compiled.memory if self.compiled else None
-        return held is not None and held.peak <= self.memory_limit
+        return fits(self.compiled, self.memory_limit)
 
     def __str__(self) -> str:
         from autoshard.report_compiled import report_audit

@@ -105,5 +105,5 @@ def _in_trace(error: Exception) -> bool:
         return False
     last = frames[ours[-1]]
     if ours[-1] == len(frames) - 1:  # jax leaves out its own frames
-        return _file(last).name == "trace.py" and last.f_code.co_name == "trace"
-    return _file(last).name in ("trace.py", "same_numbers.py", "annotation.py")
+        return last.f_code.co_name in ("trace", "traced_as_it_is")
+    return _file(last).name in ("trace.py", "same_numbers.py", "annotation.py", "retarget.py")

@@ -28,7 +28,7 @@ KINDS: Mapping[str, Collective] = {
     "all-to-all": "all_to_all",
     "ragged-all-to-all": "all_to_all",
     "collective-permute": "permute",
-    "collective-broadcast": "permute",
+    "collective-broadcast": "permute",  # sends as much, once
 }
 
 _STARTS = frozenset({*(f"{name}-start" for name in KINDS), "async-start"})
@@ -104,7 +104,7 @@ def profile_of(module: Module, cluster: Cluster, sizes: Sequence[int]) -> Profil
     """What a module does on a mesh of these sizes laid on a cluster; its memory is left out."""
     replayed = _Replay(module, cluster, tuple(sizes))
     whole = replayed.run(replayed.scalars(module.entry.name))
-    timed = cluster.platform == "tpu"
+    timed = replayed.clock is not None
     return Profile(
         collectives=tuple(whole.collectives),
         compute=whole.compute if timed else None,
@@ -121,6 +121,7 @@ def memory(compiled: Any) -> Memory | None:
     if found is None:
         return None
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    # Not every compiler says when it holds most; then all temporaries count as held at once.
     peak = getattr(found, "peak_memory_in_bytes", 0) or held + found.temp_size_in_bytes
     return Memory(
         arguments=found.argument_size_in_bytes,
@@ -128,8 +129,13 @@ def memory(compiled: Any) -> Memory | None:
         aliased=found.alias_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         code=found.generated_code_size_in_bytes,
-        peak=max(peak, held) if found.temp_size_in_bytes else held,
+        peak=max(peak, held),
     )
+
+
+def fits(compiled: Profile | None, limit: float) -> bool:
+    """Whether a compiled program's memory is within a limit; None is one that does not fit."""
+    return compiled is not None and compiled.memory is not None and compiled.memory.peak <= limit
 
 
 @dataclass(slots=True)
@@ -145,7 +151,9 @@ class _Line:
 class _Replay:
     def __init__(self, module: Module, cluster: Cluster, sizes: tuple[int, ...]) -> None:
         self.module, self.cluster, self.sizes = module, cluster, sizes
-        self.clock = float(cluster.compiler.get("clock_rate_ghz", 1)) * 1e9
+        # Only XLA:TPU estimates cycles.
+        rate = cluster.compiler.get("clock_rate_ghz") if cluster.platform == "tpu" else None
+        self.clock = None if rate is None else float(rate) * 1e9
         self.links: dict[Groups, AxisLink] = {}
         self.unknown = 0
 
@@ -182,7 +190,9 @@ class _Replay:
         line.end = max([line.end, *(awaited[channel] for channel in ending)])
 
     def work(self, i: Instruction, line: _Line) -> None:
-        taken = 0 if i.opcode in _BESIDE else (i.cycles or 0) / self.clock
+        taken = 0.0
+        if self.clock is not None and i.opcode not in _BESIDE:
+            taken = (i.cycles or 0) / self.clock
         line.end += taken
         line.compute += taken
 
@@ -284,6 +294,8 @@ class _Replay:
 
 def _refined(group: Sequence[int], devices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A mesh, and axes of it, along which a regular group of devices lies.
+
+    An irregular one is taken to reach over all devices, which is never quicker.
 
     >>> _refined((0, 2, 4, 6), 16)
     ((2, 4, 2), (1,))

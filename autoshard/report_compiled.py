@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autoshard.columns import columns
@@ -98,8 +98,9 @@ def table(v: Verification) -> list[str]:
     return columns([("", "predicted", "compiled", "error"), *rows], "lrrr", "  ")
 
 
-def _row(name: str, predicted: float, compiled: float | None, text: object) -> tuple[str, ...]:
-    assert callable(text)
+def _row(
+    name: str, predicted: float, compiled: float | None, text: Callable[[float], str]
+) -> tuple[str, ...]:
     if compiled is None:
         return name, text(predicted), "-", "the compiler says nothing of it"
     error = f"{predicted / compiled - 1:+.1%}" if compiled else "-" if predicted else "+0.0%"

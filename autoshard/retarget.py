@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import Mesh as DeviceMesh
 
-from autoshard.jax_compat import bind, is_jaxpr, open_jaxpr, traced_at
+from autoshard.jax_compat import is_jaxpr, open_jaxpr
 from autoshard.mesh import device_mesh, lowering_platform
 from passes.ir.mesh import Mesh
 
@@ -30,8 +31,8 @@ def lowered_for(
     Shardings are those of its own `in_shardings` and `out_shardings`, of its arguments, and of the
     constraints inside. Raises NotSharded.
     """
-    whole = jax.make_jaxpr(fn if hasattr(fn, "lower") else jax.jit(fn))(*args)
-    outer, consts = open_jaxpr(whole)
+    whole = traced_as_it_is(fn, args)
+    outer, _ = open_jaxpr(whole)
     given = [getattr(x, "sharding", None) for x in jax.tree.leaves(args)]
     meshes = {m: None for m in _meshes(outer, given)}
     largest = max(meshes, key=lambda m: m.size, default=None)
@@ -48,27 +49,24 @@ def lowered_for(
     moved = _Moved(devices)
     eqn = outer.eqns[-1]
     jitted = len(outer.eqns) == 1 and "in_shardings" in eqn.params
-    wanted = eqn.params["in_shardings"] if jitted else given
-    ins = [_named(w) or _named(g) for w, g in zip(_spread(wanted, given), given, strict=True)]
+    own = dict(zip(eqn.invars, eqn.params["in_shardings"], strict=True)) if jitted else {}
+    ins = [_named(own.get(v)) or _named(g) for v, g in zip(outer.invars, given, strict=True)]
     outs = [_named(o) for o in eqn.params["out_shardings"]] if jitted else None
-    donated = eqn.params.get("donated_invars", ()) if jitted else ()
-
-    def run(*flat: Any) -> list[Any]:
-        return moved.walk(outer, consts, flat)
-
+    gone = zip(eqn.invars, eqn.params["donated_invars"], strict=True) if jitted else ()
+    donated = {v for v, given_away in gone if given_away}
     staged = jax.jit(
-        run,
+        jaxpr_as_fun(_changed(whole, moved.anything)),
         in_shardings=tuple(moved.sharding(s) for s in ins),
         out_shardings=None if outs is None else [moved.sharding(s) for s in outs],
-        donate_argnums=tuple(k for k, d in enumerate(donated) if d),
+        donate_argnums=tuple(k for k, v in enumerate(outer.invars) if v in donated),
     ).trace(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in outer.invars))
     lowered: jax.stages.Lowered = staged.lower(lowering_platforms=(lowering_platform(devices[0]),))
     return lowered, tuple(largest.shape.items())
 
 
-def _spread(found: Sequence[Any], like: Sequence[Any]) -> list[Any]:
-    """Shardings of the arguments; none where the function is called with constants besides."""
-    return list(found) if len(found) == len(like) else [None] * len(like)
+def traced_as_it_is(fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The jaxpr of a jitted function, its shardings on the one equation that it has."""
+    return jax.make_jaxpr(fn if hasattr(fn, "lower") else jax.jit(fn))(*args)
 
 
 def _named(x: Any) -> NamedSharding | None:
@@ -133,18 +131,3 @@ class _Moved:
         if not isinstance(x, DeviceMesh | AbstractMesh) or not x.axis_names:
             return x
         return self.mesh(x) if isinstance(x, DeviceMesh) else self.mesh(x).abstract_mesh
-
-    def walk(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """Trace the jaxpr's equations again, with their meshes moved."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(atom: Any) -> Any:
-            return atom.val if hasattr(atom, "val") else env[atom]
-
-        for eqn in jaxpr.eqns:
-            params = {k: _changed(v, self.anything) for k, v in eqn.params.items()}
-            with traced_at(eqn):
-                outs = bind(eqn, [read(v) for v in eqn.invars], params)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]

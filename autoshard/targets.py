@@ -37,10 +37,11 @@ def target_devices(cluster: Cluster) -> list[Any]:
     """Devices of a cluster that need not exist, to compile for; raises NoCompiler."""
     if cluster.platform == "cpu":
         return _virtual(cluster)
-    if not cluster.compiler:
+    needed = "topology" if cluster.platform == "tpu" else "cuda_compute_capability"
+    if needed not in cluster.compiler:
         raise NoCompiler(
-            f"{cluster.name} has no [compiler] table in its cluster file, so that XLA can not be "
-            "told what to compile for; copy the one of a like chip"
+            f"{cluster.name} has no {needed} in a [compiler] table of its cluster file, so that "
+            "XLA can not be told what to compile for; copy the table of a like chip"
         )
     return list(_topology(cluster.platform, *_asked(cluster)).devices)
 
@@ -84,6 +85,7 @@ def gpu_target(compiler: Mapping[str, str | float]) -> str:
             f"cuda_compute_capability {{ {capability} }}",
             "}",
             'platform_name: "CUDA"',
+            # cuDNN as in XLA's own tables: xla/backends/gpu/target_config/specs/a100_sxm_40.txtpb
             "dnn_version_info { major: 9 minor: 10 patch: 0 }",
             f'device_description_str: "{compiler["device_description_str"]}"',
         ]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import jax
 
 from autoshard.ask_compiler import ask_compiler
-from autoshard.compiled import Found, Profile
+from autoshard.compiled import Found, Profile, fits
 from cost_models.cluster import Cluster
 from cost_models.collectives import Collective, sent_bytes
 from passes.ir.plan import Cost, Plan
@@ -53,7 +53,6 @@ class Verification:
 
     name: str
     cluster: str
-    platform: str
     mesh: tuple[tuple[str, int], ...]
     memory_limit: float
     predicted: Cost
@@ -80,8 +79,7 @@ class Verification:
     @property
     def fits(self) -> bool:
         """Whether the compiled program fits into the devices' memory."""
-        held = self.compiled.memory if self.compiled else None
-        return held is not None and held.peak <= self.memory_limit
+        return fits(self.compiled, self.memory_limit)
 
     def __str__(self) -> str:
         from autoshard.report_compiled import report
@@ -107,7 +105,6 @@ def verify(
     return Verification(
         name=plan.name,
         cluster=str(cluster),
-        platform=cluster.platform,
         mesh=plan.mesh,
         memory_limit=plan.memory_limit,
         predicted=plan.cost,
@@ -128,9 +125,7 @@ def match(
     left: dict[tuple[str, tuple[str, ...]], float] = {}
     for op in plan.ops:
         for move in op.collectives:
-            size = 1
-            for axis in move.axes:
-                size *= sizes[axis]
+            size = math.prod(sizes[axis] for axis in move.axes)
             key = move.source, tuple(sorted(move.axes))
             kind = cast(Collective, move.kind)
             sent = sent_bytes(kind, move.nbytes, size) * move.trips

@@ -79,6 +79,17 @@ def test_a_function_that_names_no_mesh_is_refused() -> None:
         audit(jax.jit(product), f32(16, 64), f32(64, 32), cluster="cpu:8")
 
 
+def test_shardings_of_jit_hold_beside_a_constant_that_it_closes_over() -> None:
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
+
+    def fn(x: jax.Array) -> jax.Array:
+        return (x @ weights).sum(0)
+
+    found = audit(jax.jit(fn, in_shardings=named("data")), f32(16, 64), cluster="cpu:8")
+    assert found.compiled is not None
+    assert [(c.kind, c.axes) for c in found.compiled.collectives] == [("all_reduce", (0,))]
+
+
 def test_a_mesh_of_another_size_is_refused() -> None:
     args = f32(16, 64, at=named("data", "model")), f32(64, 32)
     with pytest.raises(NotSharded, match="do not each have the cluster's 4 devices"):

@@ -207,6 +207,8 @@ def test_json_to_a_folder_that_is_not_there(command: Command) -> None:
         (["plan", "targets.py:lone"], "write (fn, (x,)) for one argument"),
         (["plan", "targets.py:no_array"], "argument x is str 'abc', which is no array"),
         (["plan", "targets.py:text"], "tracing targets.py:text failed: TypeError"),
+        (["audit", "targets.py:text"], "tracing targets.py:text failed: TypeError"),
+        (["audit", "targets.py:job"], "names no mesh"),
         (["plan", "targets.py:job", "--cluster", "nope:8"], "no cluster is called 'nope'"),
         (["plan", "targets.py:job", "--mesh", "data=3"], "mesh data=3 has 3 devices"),
         (["plan", "targets.py:job", "--mesh", "data"], "cannot read 'data' as a mesh axis"),
@@ -226,7 +228,7 @@ def test_json_to_a_folder_that_is_not_there(command: Command) -> None:
     ],
 )
 def test_a_users_mistake_is_one_sentence(command: Command, args: list[str], said: str) -> None:
-    if args[0] in ("plan", "explain") and "--cluster" not in args:
+    if args[0] in ("plan", "explain", "audit") and "--cluster" not in args:
         args = [*args, "--cluster", "cpu:8"]
     done = command(*args)
     assert done.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
+from autoshard import targets
 from autoshard.ask_compiler import out_of_memory
 from autoshard.targets import NoCompiler, gpu_target, target_devices
 from autoshard.verification import match
@@ -78,24 +80,36 @@ def test_several_plans_are_compiled_and_ranked() -> None:
         autoshard.Plan.from_json(plan.to_json(), step, *ARGS).verify(top=2)
 
 
-def test_a_compiler_that_is_not_here_is_named_with_its_wheels() -> None:
-    missing = [c for c in ("h100:8", "tpu-v5e:2x2") if not compiles(c)]
-    for spec in missing:
-        with pytest.raises(NoCompiler, match="pip install"):
-            target_devices(cluster(spec))
+@pytest.mark.parametrize(
+    ("spec", "found", "said"),
+    [
+        ("tpu-v5e:2x2", {}, r"pip install .autoshard\[verify-tpu\]"),
+        ("h100:8", {}, "no compiler for GPU here: pip install --no-deps jax-cuda12-plugin=="),
+        (
+            "h100:8",
+            {"jax-cuda12-plugin": "0.1", "jax-cuda12-pjrt": "0.1"},
+            "of version 0.1 and jax",
+        ),
+    ],
+)
+def test_a_compiler_that_is_not_here_is_named_with_its_wheels(
+    spec: str, found: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in found:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found[name]
 
-
-def compiles(spec: str) -> bool:
-    try:
+    targets._topology.cache_clear()
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets.importlib.metadata, "version", version)
+    with pytest.raises(NoCompiler, match=said):
         target_devices(cluster(spec))
-    except NoCompiler:
-        return False
-    return True
 
 
 def test_a_chip_of_which_xla_is_told_nothing_is_refused() -> None:
     unknown = dataclasses.replace(cluster("h100:8"), compiler={})
-    with pytest.raises(NoCompiler, match=r"no \[compiler\] table"):
+    with pytest.raises(NoCompiler, match=r"no cuda_compute_capability in a \[compiler\] table"):
         target_devices(unknown)
     with pytest.raises(NoCompiler, match="cpu:1024 has 1024 devices"):
         target_devices(cluster("cpu:1024"))
