@@ -27,7 +27,8 @@ from passes.ir.plan import (
     signature_of,
 )
 from passes.ir.sharding import Sharding
-from passes.price import Priced, op_seconds
+from passes.op_cost import op_seconds
+from passes.price import Priced
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps
 from passes.solve.problem import Solution
 from passes.strategies import (

@@ -18,30 +18,24 @@ from typing import Any
 import numpy as np
 
 from cost_models.cluster import Cluster
-from cost_models.collectives import seconds
-from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink, lay
 from passes.decisions import CARRIES, Decisions, DimMap, Group
 from passes.hints import HintError
-from passes.ir.graph import Graph, Op, Type
+from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
-from passes.ir.sharding import BROADCAST, PARTIAL
+from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
+from passes.op_cost import counted_reads, op_seconds
 from passes.reshard_table import PICO, ReshardTable
 from passes.solve.problem import Costs, Edge, Node, Problem, Use
 from passes.strategies import (
     Axes,
     Layouts,
     Strategy,
-    factor_parts,
-    operand_axes,
-    parts,
     strategies,
     strategy_from,
     value_choices,
 )
-
-MATRIX_OPS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
 
 # Picoseconds per byte of an argument on a device: breaks ties for split ones, far below any real
 # cost (HBM takes 300,000 times as long). Whole batches on every device are not free to fill.
@@ -131,7 +125,7 @@ class _Pricer:
         self.table = ReshardTable(mesh.sizes, self.links)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
-        self.reads = _counted_reads(graph, decisions, live)
+        self.reads = counted_reads(graph, decisions, live)
 
     # nodes
 
@@ -451,91 +445,6 @@ class _Pricer:
             self.costs[v] += matrix[0, :]
         else:
             self.constant += float(matrix[0, 0]) / PICO
-
-
-def op_seconds(
-    graph: Graph,
-    op: Op,
-    strategy: Strategy,
-    layouts: Layouts,
-    mesh: Mesh,
-    cluster: Cluster,
-    links: Sequence[AxisLink],
-    counted: frozenset[int],
-) -> float:
-    """Seconds of one run of an operation under a strategy: roofline, and halo exchange.
-
-    counted: tensors (operands first, then results) whose memory traffic this operation pays.
-    """
-    rule, split = op.rule, parts(strategy, mesh.sizes)
-    types = [graph.values[v].type for v in (*op.inputs, *op.outputs)]
-    ins, outs = layouts.of(rule, strategy)
-    moved = 0.0
-    for k in counted:
-        axes = ins[k] if k < len(ins) else outs[k - len(ins)]
-        moved += types[k].nbytes / _shards(axes, mesh.sizes)
-    if rule.moved is not None:  # a slice does not read all of its operand
-        moved = min(moved, rule.moved / split) if rule.fuses else rule.moved / split
-    flops = rule.flops / split
-    time = compute_seconds(
-        cluster.chip, flops, moved, types[0].dtype if types else "float32", op.name in MATRIX_OPS
-    )
-    return time + _halo_seconds(op, strategy, mesh, links, types)
-
-
-def _shards(axes: Axes, sizes: Sequence[int]) -> int:
-    out = 1
-    for e, n in zip(axes, sizes, strict=True):
-        if e > BROADCAST:
-            out *= n
-    return out
-
-
-def _halo_seconds(
-    op: Op, strategy: Strategy, mesh: Mesh, links: Sequence[AxisLink], types: Sequence[Type]
-) -> float:
-    """Seconds to fetch the window's overhang from the neighbours."""
-    total = 0.0
-    for f, n in factor_parts(strategy, mesh.sizes).items():
-        factor = op.rule.factors[f]
-        if not factor.halo:
-            continue
-        axis = strategy.index(f)
-        for k, dims in enumerate(op.rule.operands):
-            for d, dim in enumerate(dims):
-                if f in dim:
-                    axes = operand_axes(op.rule, k, strategy, mesh.sizes)
-                    local = types[k].nbytes / _shards(axes, mesh.sizes)
-                    # The halo is counted in the operand's elements along this dim.
-                    share = local * min(1.0, factor.halo * n / types[k].shape[d])
-                    total += seconds("permute", share, links[axis])
-    return total
-
-
-def _counted_reads(
-    graph: Graph, decisions: Decisions, live: Liveness
-) -> tuple[frozenset[int], ...]:
-    """Per op the tensors whose traffic it pays: a fused chain reads what it shares only once."""
-    seen: set[tuple[int, int, int]] = set()
-    out = []
-    for op in graph.ops:
-        fused = op.rule.fuses
-        counted = set()
-        for k, v in enumerate(op.inputs):
-            if graph.values[v].kind == "literal":
-                continue
-            if not fused:
-                counted.add(k)
-                continue
-            key = (v, decisions.group_of[op.outputs[0]] if op.outputs else -1, op.region)
-            if live.stored[v] and key not in seen:
-                seen.add(key)
-                counted.add(k)
-        for k, v in enumerate(op.outputs):
-            if live.stored[v] or not fused:
-                counted.add(len(op.inputs) + k)
-        out.append(frozenset(counted))
-    return tuple(out)
 
 
 def _label(graph: Graph, producers: Sequence[int], group: Group) -> str:
