@@ -63,24 +63,27 @@ def head(v: Verification | Audit) -> list[str]:
 
 
 def surprises(v: Verification) -> list[str]:
-    """What XLA sends that the plan did not foresee, the most first."""
-    found = sorted((s for s in v.seen if s.surprise), key=lambda s: -s.surprise)
+    """What XLA sends that the plan did not foresee, by line and the most first."""
+    groups: dict[tuple[str, str, str], list[Seen]] = {}
+    for s in v.seen:
+        if s.surprise:
+            axes = "+".join(s.axes) or f"of {s.found.size} devices"
+            groups.setdefault((s.found.kind, axes, s.found.source), []).append(s)
+    sent = {key: sum(s.surprise for s in seen) for key, seen in groups.items()}
     least = 0.01 * max(v.predicted.comm_bytes, v.compiled.sent if v.compiled else 0.0)
-    found = [s for s in found if s.surprise > least]
+    found = sorted((key for key in groups if sent[key] > least), key=lambda key: (-sent[key], key))
     if not found:
         return []
-    lines = [
-        f"  XLA sends {format_bytes(s.surprise)} in {_kind(s)} at {line_text(s.found.source)} "
-        "that the plan did not foresee"
-        for s in found[:_MOST_SURPRISES]
-    ]
+    lines = []
+    for kind, axes, source in found[:_MOST_SURPRISES]:
+        key = kind, axes, source
+        trips = sum(s.found.trips for s in groups[key])
+        lines.append(
+            f"  XLA sends {format_bytes(sent[key])} in {kind} {axes} x{trips:g} at "
+            f"{line_text(source)} that the plan did not foresee"
+        )
     more = len(found) - _MOST_SURPRISES
     return ["surprises", *lines, *([f"  and {more} more"] if more > 0 else [])]
-
-
-def _kind(s: Seen) -> str:
-    trips = f" x{s.found.trips:g}" if s.found.trips != 1 else ""
-    return f"{s.found.kind} {'+'.join(s.axes) or f'of {s.found.size} devices'}{trips}"
 
 
 def table(v: Verification) -> list[str]:

@@ -63,7 +63,9 @@ def test_a_collective_that_no_line_of_the_plan_sends_is_a_surprise() -> None:
     assert all(s.surprise == pytest.approx(s.found.sent) for s in seen)
     assert unseen == ()
     text = str(dataclasses.replace(found, seen=seen))
-    assert "that the plan did not foresee" in text
+    told = [line for line in text.splitlines() if "that the plan did not foresee" in line]
+    assert told
+    assert len(told) == len(set(told)), "like ones of a line are told together"
     # and the other way round: nothing is compiled of what was foreseen
     seen, unseen = match(plan.data, ())
     assert seen == ()
