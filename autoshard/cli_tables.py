@@ -9,7 +9,7 @@ from autoshard.columns import columns
 from autoshard.report import cluster_name, how_found
 from autoshard.report_costs import fits
 from cost_models import cluster_file
-from cost_models.cluster import Cluster, cluster, names
+from cost_models.cluster import Cluster, Level, cluster, names
 from cost_models.units import format_bytes, format_flops, format_seconds
 from passes.hints import path_of
 from passes.ir.plan import Alternative, Plan
@@ -103,26 +103,38 @@ def run_table(found: Comparison, steps: int, devices: int) -> str:
 
 def clusters_table() -> str:
     """The catalogue: one line for each kind."""
-    lines = [("name", "memory", "bandwidth", "bfloat16", "wires")]
-    for name in names():
-        c = _any_size(name)
-        wires = " + ".join(f"{w.name} {_rate(w.bandwidth)}" for w in reversed(c.network))
-        peak = c.chip.peak_flops.get("bfloat16") or max(c.chip.peak_flops.values())
-        lines.append(
-            (
-                name,
-                format_bytes(c.chip.hbm_total_bytes),
-                _rate(c.chip.hbm_bandwidth),
-                f"{format_flops(peak)}/s",
-                wires,
-            )
-        )
+    lines: list[tuple[str, ...]] = [
+        ("name", "memory", "bandwidth", "bfloat16", "wires, GB/s of a device or a link")
+    ]
+    lines += [_listed(_any_size(name)) for name in names()]
     how = (
-        "Say how many and how they are wired: cpu:8, h100:2x8 (nodes x GPUs), tpu-v5e:4x4 (torus)."
+        "Of one device, as jax counts them. Say how many and how they are wired: cpu:8, h100:2x8 "
+        "(nodes x\nGPUs), tpu-v5e:4x4 (the torus, in chips: two devices each on v2, v3 and v7)."
     )
     return "\n".join(
-        [*columns(lines, "lrrrl"), "", how, "autoshard clusters NAME shows the numbers."]
+        [
+            *columns(lines, "lrrrl"), "", how,
+            "autoshard clusters NAME shows its numbers, each with its source.",
+        ]
+    )  # fmt: skip
+
+
+def _listed(c: Cluster) -> tuple[str, ...]:
+    peak = c.chip.peak_flops.get("bfloat16") or max(c.chip.peak_flops.values())
+    return (
+        c.name,
+        format_bytes(c.chip.hbm_total_bytes),
+        _rate(c.chip.hbm_bandwidth),
+        f"{format_flops(peak)}/s",
+        " + ".join(_wires(level, "") for level in reversed(c.network)),
     )
+
+
+def _wires(level: Level, unit: str) -> str:
+    """One level of the network: `8 x NVLink 4 450`, `3D ICI 90`."""
+    many = f"{level.max_size} x " if level.max_size else ""
+    many = f"{level.dims}D " if level.kind == "torus" else many
+    return f"{many}{level.name} {level.bandwidth / 1e9:.4g}{unit}"
 
 
 def _rate(bandwidth: float) -> str:
@@ -135,7 +147,9 @@ def _any_size(name: str) -> Cluster:
     file = cluster_file.catalogue_file(name)
     assert file is not None, f"{name} is in the catalogue"
     levels = cluster_file.read(file)["network"]
-    return cluster(f"{name}:{'x'.join('1' * levels[-1]['dims'])}")
+    dims = next(level["dims"] for level in reversed(levels) if level["dims"])
+    slices = "1x" if len(levels) > 1 and levels[-1]["kind"] != "direct" else ""
+    return cluster(f"{name}:{slices if dims > 1 else ''}{'x'.join('1' * dims)}")
 
 
 def cluster_text(spec: str) -> str:
@@ -143,11 +157,31 @@ def cluster_text(spec: str) -> str:
     name, head = spec, []
     if ":" in spec and not spec.endswith(".toml"):
         name, c = spec.rpartition(":")[0], cluster(spec)
-        room = format_bytes(c.memory_limit)
-        head = [f"{c}: {c.devices} x {c.chip.name}, {room} for a program on each", ""]
+        head = [*_measured(c), ""]
     file = Path(name) if name.endswith(".toml") else cluster_file.catalogue_file(name)
     if file is None:
         cluster(name)  # raises: it knows which names are near
         raise AssertionError(f"{name} is a cluster without a file")
     cluster_file.read(file)
     return "\n".join([*head, file.read_text(encoding="utf-8").rstrip()])
+
+
+def _measured(c: Cluster) -> list[str]:
+    """How many devices, what they have together, and what each level joins."""
+    room = format_bytes(c.memory_limit)
+    peak = max(c.chip.peak_flops.get("bfloat16", 0.0), c.chip.peak_flops["float32"])
+    return [
+        f"{c}: {c.devices} x {c.chip.name}, {room} for a program on each",
+        f"together {format_bytes(c.memory_limit * c.devices)}, {format_flops(peak * c.devices)}/s",
+        *map(_joined, reversed(c.network), reversed(c.extents)),
+    ]
+
+
+def _joined(level: Level, sizes: tuple[int, ...]) -> str:
+    """What one level joins, and which dims of a torus are rings."""
+    many = "x".join(map(str, sizes))
+    if level.kind != "torus":
+        link = " on each link" if level.kind == "direct" else ""
+        return f"  {many} on {level.name}, {_rate(level.bandwidth)}{link}"
+    rings = ("ring" if r else "open" for r in level.rings(sizes))
+    return f"  {many} on {level.name}, {_rate(level.bandwidth)} on each link, {' x '.join(rings)}"

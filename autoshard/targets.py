@@ -59,7 +59,8 @@ def _virtual(cluster: Cluster) -> list[Any]:
 def _asked(cluster: Cluster) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """The topology's name and options, as jax's compile-only clients take them."""
     if cluster.platform == "tpu":
-        *slices, torus = cluster.extents
+        at = next(k for k, level in enumerate(cluster.network) if level.kind == "torus")
+        slices, torus = cluster.extents[:at], cluster.extents[at]
         name = f"{cluster.compiler['topology']}:{'x'.join(map(str, torus))}"
         options: dict[str, Any] = {k: v for k, v in cluster.compiler.items() if k not in _TPU_OWN}
         if slices:

@@ -35,6 +35,7 @@ class Chip:
     hbm_bytes: memory one program may use, in bytes; hbm_total_bytes: all there is.
     hbm_bandwidth: bytes/s by the data sheet. matrix_efficiency, hbm_efficiency: the share of the
     peak that a large operation reaches. kernel_latency: seconds before a kernel does anything.
+    host_bandwidth: bytes/s to and from the host's memory, each; 0 where nobody has said.
     """
 
     name: str
@@ -46,21 +47,24 @@ class Chip:
     hbm_efficiency: float = 1.0
     matrix_efficiency: float = 1.0
     kernel_latency: float = 0.0
+    host_bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """One way in which devices, or groups of them, are joined.
 
-    bandwidth: bytes/s in one direction, of one device on a switch, of one link on a torus.
-    efficiency: the share of it that a large collective reaches. latency: seconds of one step to a
-    neighbour. startup: seconds once per collective. max_size: most devices or groups it joins, 0
-    for no limit. dims: of a torus. A torus dim is a ring where its size is wrap_at, and every dim
-    is one where all sizes are multiples of wrap_multiple (0: never).
+    bandwidth: bytes/s in one direction, of one device on a switch, of one link on a torus or of one
+    of the direct wires from each device to each other. efficiency: the share of it that a large
+    collective reaches. latency: seconds of one step to a neighbour. startup: seconds once per
+    collective. max_size: most devices or groups it joins, 0 for no limit. dims: how many sizes of a
+    cluster's shape are its own; 0 for a level that always joins max_size devices, such as the cores
+    of a chip. A torus dim is a ring where its size is wrap_at, and every dim is one where all sizes
+    are multiples of wrap_multiple (0: never).
     """
 
     name: str
-    kind: Literal["switch", "torus"]
+    kind: Literal["switch", "torus", "direct"]
     bandwidth: float
     latency: float
     startup: float = 0.0
@@ -80,8 +84,9 @@ class Level:
 class Cluster:
     """So many chips, wired so. network and shape: the outermost level first, as in `h100:2x8`.
 
-    A torus level has one entry of the shape for each of its dims. compiler: what XLA is told of the
-    chip when it compiles without one.
+    A torus level has one entry of the shape for each of its dims, a level that is always full none:
+    `tpu-v3:4x4` counts chips, and has twice as many devices. compiler: what XLA is told of the chip
+    when it compiles without one.
     """
 
     name: str
@@ -104,7 +109,7 @@ class Cluster:
     @property
     def devices(self) -> int:
         """How many devices it has."""
-        return math.prod(self.shape)
+        return math.prod(math.prod(sizes) for sizes in self.extents)
 
     @property
     def memory_limit(self) -> int:
@@ -113,10 +118,10 @@ class Cluster:
 
     @property
     def extents(self) -> tuple[tuple[int, ...], ...]:
-        """The shape, cut into one tuple per level of the network."""
+        """How many devices or groups each level joins, per dim: the shape, cut by levels."""
         out, at = [], 0
         for level in self.network:
-            out.append(self.shape[at : at + level.dims])
+            out.append(self.shape[at : at + level.dims] if level.dims else (level.max_size,))
             at += level.dims
         return tuple(out)
 
@@ -196,11 +201,11 @@ def _fit(
     name: str, levels: tuple[Level, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[Level, ...], tuple[int, ...]]:
     """Levels in use and a full shape: one number is spread over nodes, one slice is left out."""
-    inner, dims = levels[-1], sum(level.dims for level in levels)
+    inner, dims = _written(levels), sum(level.dims for level in levels)
     outer = dims - inner.dims  # outer levels are switches, one size each
     if inner.kind == "torus" and len(shape) == inner.dims:
-        return (inner,), shape
-    if inner.kind == "switch" and len(shape) == 1 and outer == 1:
+        return levels[levels.index(inner) :], shape
+    if inner.kind != "torus" and len(shape) == 1 and outer == 1:
         full = inner.max_size
         if full and shape[0] > full:
             if shape[0] % full:
@@ -213,8 +218,17 @@ def _fit(
     return levels, shape
 
 
+def _written(levels: Sequence[Level]) -> Level:
+    """The innermost level whose size is written in a shape."""
+    return next(level for level in reversed(levels) if level.dims)
+
+
 def _check_extent(whole: Cluster, level: Level, sizes: tuple[int, ...]) -> None:
     """Raise ClusterError when one level is larger than the hardware allows."""
+    if not level.dims and (level.kind == "torus" or not level.max_size):
+        raise ClusterError(
+            f"{whole.name}: {level.name} has no dims, so it is always full: give it a max_size"
+        )
     if level.max_size and math.prod(sizes) > level.max_size:
         raise ClusterError(
             f"{whole}: {level.name} joins at most {level.max_size} devices, not {math.prod(sizes)}"
@@ -225,10 +239,10 @@ def _check_extent(whole: Cluster, level: Level, sizes: tuple[int, ...]) -> None:
 
 def _forms(name: str, levels: tuple[Level, ...]) -> str:
     """How a shape of this cluster may be written, for messages."""
-    inner = levels[-1]
+    inner = _written(levels)
     if inner.kind == "torus":
         dims = "x".join("4" * inner.dims)
-        slices = f" or 2x{dims} (two slices)" if len(levels) > 1 else ""
+        slices = f" or 2x{dims} (two slices)" if levels[0] != inner else ""
         return f"{name}:{dims} ({inner.dims} torus dims){slices}"
     most = inner.max_size or 8
     return f"{name}:{most}" + (
@@ -263,4 +277,5 @@ def _chip(data: Mapping[str, Any]) -> Chip:
         hbm_efficiency=data["hbm_efficiency"],
         matrix_efficiency=data["matrix_efficiency"],
         kernel_latency=data["kernel_latency"],
+        host_bandwidth=data["host_bandwidth"],
     )

@@ -6,12 +6,15 @@ catalogue. The keys:
 
     name, platform ("cpu", "gpu", "tpu"), aliases, device_kinds (as `jax.Device.device_kind`), shape
     [chip]              name, hbm_total_GiB, hbm_usable_GiB, hbm_bandwidth_GBps, hbm_efficiency,
-                        vector_TFLOPs, matrix_efficiency, kernel_latency_us
+                        vector_TFLOPs, matrix_efficiency, kernel_latency_us, and
+                        host_bandwidth_GBps (to the host's memory, one direction); all of one
+                        device, which is half a chip where jax sees two devices on it
     [chip.peak_TFLOPs]  bfloat16, float32, int8, ...: of the matrix unit, dense
-    [[network]]         once per level, the outermost first: name, kind ("switch" or "torus"),
-                        bandwidth_GBps (one direction; of a device on a switch, of a link on a
-                        torus), efficiency, latency_us (a step), startup_us (a collective),
-                        max_size, and of a torus: dims, wrap_at, wrap_multiple
+    [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
+                        "direct": a wire from each device to each other), bandwidth_GBps (one
+                        direction; of a device on a switch, of one link otherwise), efficiency,
+                        latency_us (a step), startup_us (a collective), max_size, dims (0: always
+                        full, not written in a shape), and of a torus: wrap_at, wrap_multiple
     [compiler]          what XLA's compiler is told of this chip when it compiles without one; by
                         XLA's own names, see `autoshard.targets`. clock_rate_ghz turns its cycles
                         into seconds
@@ -49,7 +52,7 @@ _CHIP: dict[str, tuple[str, Any]] = {
     "name": ("text", ...), "peak": ("FLOP/s per dtype", ...), "vector": ("FLOP/s", ...),
     "hbm_total": ("bytes", ...), "hbm_usable": ("bytes", ...), "hbm_bandwidth": ("bytes/s", ...),
     "hbm_efficiency": ("share", 1.0), "matrix_efficiency": ("share", 1.0),
-    "kernel_latency": ("seconds", 0.0),
+    "kernel_latency": ("seconds", 0.0), "host_bandwidth": ("bytes/s", 0.0),
 }  # fmt: skip
 _LEVEL: dict[str, tuple[str, Any]] = {
     "name": ("text", ...), "kind": ("kind", ...), "bandwidth": ("bytes/s", ...),
@@ -167,7 +170,7 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (lambda x: isinstance(x, str), "text"),
     "texts": (lambda x: _is_list(x, str), "a list of texts"),
     "platform": (lambda x: x in ("cpu", "gpu", "tpu"), "cpu, gpu or tpu"),
-    "kind": (lambda x: x in ("switch", "torus"), "switch or torus"),
+    "kind": (lambda x: x in ("switch", "torus", "direct"), "switch, torus or direct"),
     "table": (lambda x: isinstance(x, dict), "a table"),
     "plain values": (_is_plain_table, "a table of texts and numbers"),
     "tables": (lambda x: _is_list(x, dict) and bool(x), "one or more [[network]] tables"),

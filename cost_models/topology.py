@@ -9,16 +9,20 @@ Axes are laid as JAX lays them. On switches (GPUs, CPUs) devices are counted row
 axis fastest, so that it stays inside a node as long as it fits. On a torus each axis takes whole
 torus dims where it can and shares a dim otherwise, the last axis first, as
 `jax.experimental.mesh_utils.create_device_mesh(..., allow_split_physical_axes=True)` does; several
-slices are split over the slowest axes.
+slices are split over the slowest axes. The cores of a chip are one more dim, the last. (That is how
+jax lays large meshes; TPU v2 and v3, and v7 up to 32 devices, it lays host by host, which we do not
+follow.)
 
 What an axis gets on one level (https://jax-ml.github.io/scaling-book/sharding):
 
 * a switch: the device's own bandwidth to it. An axis with k devices in each node has k network
   cards to leave by, so an all-gather over nodes runs at min(NVLink, k * card); an all-to-all cannot
   share cards, since each device's data leave by its own;
+* direct wires from each device to each other: an axis with k devices has k - 1 of them;
 * a torus dim of size n that is wrapped: a ring, both directions at once, 2 * link; an open one:
   link. An axis over several dims uses all their links. Where an axis steps over s devices of a dim,
-  s such axes share the same links, and each has a share of 1 / s.
+  s such axes share the same links, and each has a share of 1 / s. So do the cores of one chip,
+  unless they are in the same group.
 """
 
 from __future__ import annotations
@@ -70,15 +74,22 @@ def join(cluster: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Axi
     if whole == 1:
         return ALONE
     together = [min(whole, math.prod(reach[a] for a in axes)) for reach in placed.reach]
-    hops = []
-    for k, level in enumerate(reversed(cluster.network)):
-        below = together[k - 1] if k else 1
-        if together[k] == below:
-            continue  # no two of its devices meet at this level for the first time
-        if level.kind == "torus":
-            hops.append(_on_torus(level, cluster.extents[-1], [placed.factors[a] for a in axes]))
+    hops, below, inside = [], 1, 1  # inside: devices of any axis that one end of a wire stands for
+    for level, sizes_here, now in zip(
+        reversed(cluster.network), reversed(cluster.extents), together, strict=True
+    ):
+        # Of the whole - 1 steps of a ring through all; on a torus chips step together.
+        steps = now // below - 1 if placed.factors else whole // below - whole // now
+        if now == below:
+            pass  # no two of its devices meet at this level for the first time
+        elif level.kind == "torus":
+            factors = [placed.factors[a] for a in axes]
+            hops.append(_on_torus(level, sizes_here, factors, below, inside))
+        elif level.kind == "direct":
+            hops.append(_on_direct(level, whole, now, steps))
         else:
-            hops.append(_on_switch(level, whole, together[k], below, outer=k > 0))
+            hops.append(_on_switch(level, whole, now, below, steps, outer=inside > 1))
+        below, inside = now, inside * math.prod(sizes_here)
     return AxisLink(
         size=whole,
         bandwidth=min(h.bandwidth for h in hops),
@@ -112,8 +123,9 @@ def place(cluster: Cluster, sizes: tuple[int, ...]) -> Placement:
             f"a mesh of {' x '.join(map(str, sizes)) or 'no axes'} has {math.prod(sizes)} devices, "
             f"but {cluster} has {cluster.devices}"
         )
-    if cluster.network[-1].kind == "torus":
-        return _place_on_torus(cluster, sizes)
+    for at, level in enumerate(cluster.network):
+        if level.kind == "torus":
+            return _place_on_torus(cluster, sizes, at)
     strides = [math.prod(sizes[a + 1 :]) for a in range(len(sizes))]
     spans = itertools.accumulate((e[0] for e in reversed(cluster.extents)), lambda a, b: a * b)
     return Placement(
@@ -137,21 +149,24 @@ def _within(size: int, stride: int, span: int) -> int:
     return 1
 
 
-def _place_on_torus(cluster: Cluster, sizes: tuple[int, ...]) -> Placement:
+def _place_on_torus(cluster: Cluster, sizes: tuple[int, ...], at: int) -> Placement:
     """Slices over the slowest axes, then the torus dims of one slice over what is left."""
     reach: list[tuple[int, ...]] = [sizes]
     inner = list(sizes)
-    for extent in cluster.extents[:-1]:  # the outermost level joins all that is not split by it
+    for extent in cluster.extents[:at]:  # the outermost level joins all that is not split by it
         left = extent[0]
         for axis, size in enumerate(inner):
             taken = math.gcd(size, left)
             inner[axis], left = size // taken, left // taken
         reach.insert(0, tuple(inner))
-    takes = assign(cluster.extents[-1], tuple(inner))
+    torus, cores = cluster.extents[at], sum(cluster.extents[at + 1 :], ())
+    takes = assign(torus + cores, tuple(inner))
+    for k in range(len(torus), len(torus + cores)):
+        reach.insert(len(torus + cores) - 1 - k, tuple(math.prod(t[k:]) for t in takes))
     factors = []
     for axis, take in enumerate(takes):
-        steps = (math.prod(t[dim] for t in takes[axis + 1 :]) for dim in range(len(take)))
-        factors.append(tuple(zip(take, steps, strict=True)))
+        steps = (math.prod(t[dim] for t in takes[axis + 1 :]) for dim in range(len(torus)))
+        factors.append(tuple(zip(take, steps, strict=False)))
     return Placement(tuple(reach), tuple(factors))
 
 
@@ -193,25 +208,42 @@ def _splits(size: int, left: Sequence[int]) -> Iterator[tuple[int, ...]]:
                 yield (first, *rest)
 
 
-def _on_switch(level: Level, whole: int, together: int, below: int, *, outer: bool) -> AxisLink:
+def _on_switch(
+    level: Level, whole: int, together: int, below: int, steps: int, *, outer: bool
+) -> AxisLink:
     """The part of a switch: it joins groups of `below` devices of the axis to groups of `together`.
 
     An inner switch carries only what stays under it; through an outer one goes all that leaves.
     """
     port = level.bandwidth * level.efficiency
     through = (whole - below if outer else together - 1) / whole
-    steps = whole // below - whole // together  # of the whole - 1 steps of a ring through all
     return AxisLink(
         whole, below * port, port / through, port, level.latency, steps * level.latency,
         level.startup, True, (level.name,),
     )  # fmt: skip
 
 
+def _on_direct(level: Level, whole: int, together: int, steps: int) -> AxisLink:
+    """The part of wires from each device to each other: one to every device of the axis."""
+    wire = level.bandwidth * level.efficiency
+    return AxisLink(
+        whole, (together - 1) * wire, whole * wire, wire, level.latency, steps * level.latency,
+        level.startup, True, (level.name,),
+    )  # fmt: skip
+
+
 def _on_torus(
-    level: Level, dims: Sequence[int], factors: Sequence[Sequence[tuple[int, int]]]
+    level: Level,
+    dims: Sequence[int],
+    factors: Sequence[Sequence[tuple[int, int]]],
+    below: int,
+    cores: int,
 ) -> AxisLink:
-    """The part of a torus: the links of every dim the axes take a part of, used at once."""
-    link = level.bandwidth * level.efficiency
+    """The part of a torus: the links of every dim the axes take a part of, used at once.
+
+    Of the devices on one chip, its cores, `below` are in the same group and use the links for it.
+    """
+    link = level.bandwidth * level.efficiency * below / cores
     bandwidth, exchange, shift, hops, latency, rings = 0.0, math.inf, math.inf, 0, 0.0, []
     for dim, wrapped in enumerate(level.rings(dims)):
         taken = [axis[dim] for axis in factors if axis[dim][0] > 1]
@@ -230,6 +262,6 @@ def _on_torus(
         rings.append(ring)
     size = math.prod(t for axis in factors for t, _ in axis)
     return AxisLink(
-        size, bandwidth, exchange, shift, latency, hops * level.latency, level.startup,
-        all(rings), (level.name,),
+        size * below, bandwidth, exchange / below, shift, latency, hops * level.latency,
+        level.startup, all(rings), (level.name,),
     )  # fmt: skip

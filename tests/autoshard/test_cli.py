@@ -27,6 +27,7 @@ from autoshard.cli_errors import failure
 from autoshard.columns import columns
 from autoshard.same_numbers import compare
 from autoshard.spec_text import expression
+from cost_models.cluster import names
 
 # A folder of targets, good and bad.
 TARGETS = """
@@ -388,12 +389,16 @@ def test_explain(command: Command) -> None:
 def test_clusters_lists_all_and_shows_one_with_its_sources(command: Command) -> None:
     listed = command("clusters")
     assert listed.exit_code == 0
-    assert {"cpu", "a100", "h100", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e"} <= {
-        line.split()[0] for line in listed.stdout.splitlines() if line
-    }
+    assert set(names()) <= {line.split()[0] for line in listed.stdout.splitlines() if line}
+    assert max(map(len, listed.stdout.splitlines())) <= 100
     one = command("clusters", "v5e:4x4")
     assert one.stdout.startswith("tpu-v5e:4x4: 16 x TPU v5e")
     assert "hbm_bandwidth_GBps = 819" in one.stdout
+    two = command("clusters", "v3:32x4").stdout.splitlines()
+    assert two[0] == "tpu-v3:32x4: 256 x TPU v3 (one core), 15.5 GiB for a program on each"
+    assert two[2:4] == [
+        "  2 on chip, 225 GB/s", "  32x4 on ICI, 82 GB/s on each link, ring x open",
+    ]  # fmt: skip
     assert cli_tables.cluster_text("h100").startswith("#")
 
 

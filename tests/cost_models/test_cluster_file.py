@@ -74,7 +74,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("efficiency = 0.5", "efficiency = 50", "is 50, not a share above 0 and at most 1"),
         ("max_size = 4", "max_size = 4.5", "is 4.5, not a whole number"),
         ("max_size = 4", "max_size = -4", "is -4, not a whole number"),
-        ('kind = "switch"', 'kind = "bus"', "[[network]] 1: kind is 'bus', not switch or torus"),
+        (
+            'kind = "switch"',
+            'kind = "bus"',
+            "[[network]] 1: kind is 'bus', not switch, torus or direct",
+        ),
         ('platform = "gpu"', 'platform = "npu"', "platform is 'npu', not cpu, gpu or tpu"),
         ("shape = [2, 4]", "shape = '2x4'", "shape is '2x4', not a list such as [2, 8]"),
         ("[[network]]", "[[net]]", "unknown key 'net'"),
@@ -101,7 +105,9 @@ def test_every_number_of_the_catalogue_names_its_source(name: str) -> None:
         assert len(comment) >= 5, f"{name}.toml: no source beside {line!r}"
         assert set(re.findall(r"\[([a-z]+)\]", comment)) <= defined, line
         # A source is a place on the web, one of the file's own tags, or a plain admission.
-        said = r"[a-z]\.(com|org|io|dev|edu)|\[\w+\]|nvidia-smi|assumption|above|half|README|as of"
+        said = (
+            r"[a-z]\.(com|org|io|dev|edu|net)|\[\w+\]|nvidia-smi|assumption|above|half|README|as of"
+        )
         assert re.search(said, comment), f"{name}.toml: no source in {line!r}"
 
 
