@@ -61,6 +61,10 @@ class Level:
     cluster's shape are its own; 0 for a level that always joins max_size devices, such as the cores
     of a chip. A torus dim is a ring where its size is wrap_at, and every dim is one where all sizes
     are multiples of wrap_multiple (0: never).
+
+    wire: where NCCL runs the collectives, what it runs over: nvlink, pcie or network. ll_bandwidth:
+    bytes/s that its LL protocol reaches at most, 0 for no limit. in_switch: bytes of an array that
+    the switch itself adds up in a second, 0 where it can not.
     """
 
     name: str
@@ -73,6 +77,9 @@ class Level:
     dims: int = 1
     wrap_at: int = 0
     wrap_multiple: int = 0
+    wire: str = ""
+    ll_bandwidth: float = 0.0
+    in_switch: float = 0.0
 
     def rings(self, sizes: Sequence[int]) -> tuple[bool, ...]:
         """Per dim of a torus with these sizes whether its ends are joined."""

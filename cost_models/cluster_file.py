@@ -14,7 +14,9 @@ catalogue. The keys:
                         "direct": a wire from each device to each other), bandwidth_GBps (one
                         direction; of a device on a switch, of one link otherwise), efficiency,
                         latency_us (a step), startup_us (a collective), max_size, dims (0: always
-                        full, not written in a shape), and of a torus: wrap_at, wrap_multiple
+                        full, not written in a shape); of a torus: wrap_at, wrap_multiple; where
+                        NCCL runs: wire ("nvlink", "pcie" or "network"), ll_bandwidth_GBps (its LL
+                        protocol's most), in_switch_GBps (of an array that the switch adds up)
     [compiler]          what XLA's compiler is told of this chip when it compiles without one; by
                         XLA's own names, see `autoshard.targets`. clock_rate_ghz turns its cycles
                         into seconds
@@ -58,7 +60,8 @@ _LEVEL: dict[str, tuple[str, Any]] = {
     "name": ("text", ...), "kind": ("kind", ...), "bandwidth": ("bytes/s", ...),
     "latency": ("seconds", ...), "startup": ("seconds", 0.0), "efficiency": ("share", 1.0),
     "max_size": ("whole", 0), "dims": ("whole", 1), "wrap_at": ("whole", 0),
-    "wrap_multiple": ("whole", 0),
+    "wrap_multiple": ("whole", 0), "wire": ("wire", ""), "ll_bandwidth": ("bytes/s", 0.0),
+    "in_switch": ("bytes/s", 0.0),
 }  # fmt: skip
 
 
@@ -171,6 +174,7 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "texts": (lambda x: _is_list(x, str), "a list of texts"),
     "platform": (lambda x: x in ("cpu", "gpu", "tpu"), "cpu, gpu or tpu"),
     "kind": (lambda x: x in ("switch", "torus", "direct"), "switch, torus or direct"),
+    "wire": (lambda x: x in ("nvlink", "pcie", "network"), "nvlink, pcie or network"),
     "table": (lambda x: isinstance(x, dict), "a table"),
     "plain values": (_is_plain_table, "a table of texts and numbers"),
     "tables": (lambda x: _is_list(x, dict) and bool(x), "one or more [[network]] tables"),

@@ -29,36 +29,49 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
+from cost_models import algorithms
+from cost_models.algorithms import Line
 from cost_models.cluster import Cluster, Level
+from cost_models.route import Hop, Route
 
 
 @dataclass(frozen=True, slots=True)
-class AxisLink:
-    """What the devices along one mesh axis, or several used as one, can do together.
+class AxisLink(Route):
+    """A Route and what each collective takes along it, see `cost_models.algorithms`."""
 
-    bandwidth: bytes/s one device sends in an all-gather or a reduction, all its directions counted.
-    exchange: bytes/s of its own operand that one device can bring to all others in an all-to-all.
-    shift: bytes/s it can send to the next device alone. latency: seconds of one step to the next
-    device. sweep: seconds of the steps of one all-gather together. startup: seconds once per
-    collective. ring: whether the way ends where it began. via: names of the levels it uses.
-    """
+    lines: Mapping[str, tuple[Line, ...]] = field(init=False, repr=False, compare=False)
 
-    size: int
-    bandwidth: float
-    exchange: float
-    shift: float
-    latency: float
-    sweep: float
-    startup: float
-    ring: bool
-    via: tuple[str, ...]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lines", algorithms.lines(self))
 
 
 ALONE = AxisLink(1, math.inf, math.inf, math.inf, 0.0, 0.0, 0.0, True, ())
+
+
+def shares(a: AxisLink, b: AxisLink) -> float:
+    """The share of what passes along `a` that wires carry which `b` uses too, where it is largest.
+
+    Two collectives at once take between the longer of their times (0) and the sum of them (1).
+
+    >>> from cost_models.cluster import cluster
+    >>> x, y = lay(cluster("tpu-v5e:16x16"), (16, 16))  # each has a dim of the torus to itself
+    >>> data, model = lay(cluster("h100:2x8"), (4, 4))  # data leaves GPUs by the same NVLinks
+    >>> shares(x, y), shares(data, model)
+    (0.0, 1.0)
+    """
+    return max(
+        (
+            sum((part for wire, part in here.wires if wire in dict(there.wires)), 0.0)
+            for here in a.hops
+            for there in b.hops
+            if here.level == there.level
+        ),
+        default=0.0,
+    )
 
 
 def lay(cluster: Cluster, sizes: tuple[int, ...]) -> tuple[AxisLink, ...]:
@@ -74,7 +87,8 @@ def join(cluster: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Axi
     if whole == 1:
         return ALONE
     together = [min(whole, math.prod(reach[a] for a in axes)) for reach in placed.reach]
-    hops, below, inside = [], 1, 1  # inside: devices of any axis that one end of a wire stands for
+    hops: list[Hop] = []
+    below, inside = 1, 1  # inside: devices of any axis that one end of a wire stands for
     for level, sizes_here, now in zip(
         reversed(cluster.network), reversed(cluster.extents), together, strict=True
     ):
@@ -86,7 +100,10 @@ def join(cluster: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Axi
             factors = [placed.factors[a] for a in axes]
             hops.append(_on_torus(level, sizes_here, factors, below, inside))
         elif level.kind == "direct":
-            hops.append(_on_direct(level, whole, now, steps))
+            ways = {math.prod(sizes[a + 1 :]): placed.reach[0][a] for a in axes}
+            hops.append(_on_direct(level, whole, now, steps, ways))
+        elif placed.factors and inside == 1:
+            hops.append(_on_chip(level, whole, now))
         else:
             hops.append(_on_switch(level, whole, now, below, steps, outer=inside > 1))
         below, inside = now, inside * math.prod(sizes_here)
@@ -97,9 +114,10 @@ def join(cluster: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Axi
         shift=min(h.shift for h in hops),
         latency=max(h.latency for h in hops),
         sweep=sum(h.sweep for h in hops),
-        startup=max(h.startup for h in hops),
+        startup=max(h.level.startup for h in hops),
         ring=all(h.ring for h in hops),
-        via=tuple(name for h in hops for name in h.via),
+        via=tuple(h.level.name for h in hops),
+        hops=tuple(hops),
     )
 
 
@@ -210,25 +228,41 @@ def _splits(size: int, left: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def _on_switch(
     level: Level, whole: int, together: int, below: int, steps: int, *, outer: bool
-) -> AxisLink:
+) -> Hop:
     """The part of a switch: it joins groups of `below` devices of the axis to groups of `together`.
 
     An inner switch carries only what stays under it; through an outer one goes all that leaves.
     """
     port = level.bandwidth * level.efficiency
     through = (whole - below if outer else together - 1) / whole
-    return AxisLink(
-        whole, below * port, port / through, port, level.latency, steps * level.latency,
-        level.startup, True, (level.name,),
+    return Hop(
+        level, together // below, below * port, port, port / through, port, level.latency,
+        steps * level.latency,
     )  # fmt: skip
 
 
-def _on_direct(level: Level, whole: int, together: int, steps: int) -> AxisLink:
-    """The part of wires from each device to each other: one to every device of the axis."""
+def _on_chip(level: Level, whole: int, together: int) -> Hop:
+    """The part of a chip below a torus: each core passes on what its own links brought, no more."""
+    port = level.bandwidth * level.efficiency
+    bandwidth = port * (whole - 1) / whole * together / (together - 1)
+    exchange = port * whole / (together - 1)
+    return Hop(
+        level, together, bandwidth, port, exchange, port, level.latency,
+        (together - 1) * level.latency,
+    )  # fmt: skip
+
+
+def _on_direct(level: Level, whole: int, together: int, steps: int, ways: Mapping[int, int]) -> Hop:
+    """The part of wires from each device to each other: one to every device of the axis.
+
+    ways: how many devices each axis joins here, by the step that it takes, which tells its wires.
+    """
     wire = level.bandwidth * level.efficiency
-    return AxisLink(
-        whole, (together - 1) * wire, whole * wire, wire, level.latency, steps * level.latency,
-        level.startup, True, (level.name,),
+    own = {step: (n - 1) / (together - 1) for step, n in ways.items() if n > 1}
+    own[0] = 1 - sum(own.values())  # between devices that differ along several of the axes
+    return Hop(
+        level, together, (together - 1) * wire, (together - 1) * wire, whole * wire, wire,
+        level.latency, steps * level.latency, wires=tuple((w, x) for w, x in own.items() if x > 0),
     )  # fmt: skip
 
 
@@ -238,13 +272,14 @@ def _on_torus(
     factors: Sequence[Sequence[tuple[int, int]]],
     below: int,
     cores: int,
-) -> AxisLink:
+) -> Hop:
     """The part of a torus: the links of every dim the axes take a part of, used at once.
 
     Of the devices on one chip, its cores, `below` are in the same group and use the links for it.
     """
     link = level.bandwidth * level.efficiency * below / cores
-    bandwidth, exchange, shift, hops, latency, rings = 0.0, math.inf, math.inf, 0, 0.0, []
+    exchange, shift, hops, latency, size = math.inf, math.inf, 0, 0.0, 1
+    rings, used = [], {}
     for dim, wrapped in enumerate(level.rings(dims)):
         taken = [axis[dim] for axis in factors if axis[dim][0] > 1]
         if not taken:
@@ -253,15 +288,15 @@ def _on_torus(
         if stride * n != max(t * s for t, s in taken):
             stride = max(s for _, s in taken)  # parts with a gap between them: as far as the widest
         ring = wrapped and n * stride == dims[dim]
-        share = (2 * link if ring else link) / stride
-        bandwidth += share
-        exchange = min(exchange, share * n / (n * n // 4))
+        used[dim] = (2 * link if ring else link) / stride
+        exchange = min(exchange, used[dim] * n / (n * n // 4))
         shift = min(shift, link / stride)
         hops += stride * (n // 2 if ring else n - 1)
         latency = max(latency, stride * level.latency)
+        size *= n
         rings.append(ring)
-    size = math.prod(t for axis in factors for t, _ in axis)
-    return AxisLink(
-        size * below, bandwidth, exchange / below, shift, latency, hops * level.latency,
-        level.startup, all(rings), (level.name,),
+    bandwidth = sum(used.values())
+    return Hop(
+        level, size, bandwidth, bandwidth / below, exchange / below, shift, latency,
+        hops * level.latency, all(rings), tuple((d, u / bandwidth) for d, u in used.items()),
     )  # fmt: skip

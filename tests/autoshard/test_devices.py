@@ -55,7 +55,5 @@ def test_devices_are_recognised(
 
 def test_unknown_hardware_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: gpus("NVIDIA L4", 1, 2))
-    with pytest.raises(
-        autoshard.UnknownCluster, match="2 devices of kind 'NVIDIA L4', which"
-    ):
+    with pytest.raises(autoshard.UnknownCluster, match="2 devices of kind 'NVIDIA L4', which"):
         autoshard.plan(lambda x: x, 1.0)

@@ -135,11 +135,12 @@ def test_a_small_network_and_a_large_batch_is_data_parallel(printed: Golden) -> 
 def test_where_memory_binds_the_state_is_split(printed: Golden) -> None:
     """FSDP (ZeRO-3, arXiv 1910.02054): weights gathered for use, gradients reduce-scattered."""
     job = {"width": 4096, "layers": 8, "batch": 65536}
-    plan = planned(zoo.mlp, "h100:8", memory_limit=3 * GIB, **job)
+    limit = 5 * GIB // 2  # above, some gradients are added up in the switch and stay whole
+    plan = planned(zoo.mlp, "h100:8", memory_limit=limit, **job)
     dp = next(a for a in plan.alternatives if a.solver == "dp")
     assert dp.note.startswith("needs"), "else the limit would not bind"
     assert plan.mesh == {"data": 8}
-    assert plan.cost.peak_memory <= 3 * GIB
+    assert plan.cost.peak_memory <= limit
     for t in plan.data.arguments:
         split = math.prod(plan.mesh[a] for axes in t.spec for a in axes)
         assert split == (8 if t.nbytes > MIB else 1), t.name

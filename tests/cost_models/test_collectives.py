@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cost_models.algorithms import forms
 from cost_models.cluster import cluster
-from cost_models.collectives import COLLECTIVES, Collective, seconds, sent_bytes
+from cost_models.collectives import COLLECTIVES, Collective, chosen, seconds, sent_bytes
 from cost_models.topology import ALONE, AxisLink, join, lay
 
 DATA = Path(__file__).parents[1] / "data"
@@ -21,7 +23,8 @@ US = 1e-6
 MESHES = [
     ("v5e:4x4", (4, 4)), ("v5e:16x16", (16, 16)), ("v5e:16x16", (256,)), ("v4:4x4x4", (4, 16)),
     ("v5e:16x4", (4, 16)), ("h100:2x8", (2, 8)), ("h100:2x8", (16,)), ("cpu:8", (2, 4)),
-    ("h100:3x8", (8, 3)), ("v5e:2x4x4", (8, 4)),
+    ("h100:3x8", (8, 3)), ("v5e:2x4x4", (8, 4)), ("v3:4x4", (8, 4)), ("mi300x:2x8", (2, 8)),
+    ("gb200:72", (9, 8)), ("h100-pcie:4x8", (32,)), ("a100:4x8", (8, 4)),
 ]  # fmt: skip
 links = st.sampled_from([link for spec, sizes in MESHES for link in lay(cluster(spec), sizes)])
 kinds = st.sampled_from(COLLECTIVES)
@@ -81,6 +84,8 @@ def test_book_all_to_all_is_a_quarter_of_an_all_gather() -> None:
 def test_book_all_reduce_is_two_all_gathers() -> None:
     for spec, sizes in MESHES:
         for link in lay(cluster(spec), sizes):
+            if cluster(spec).platform == "gpu" or len(link.hops) > 1:
+                continue  # switches add up, trees are quicker than rings, stages start one by one
             twice = moving("all_gather", 1e9, link) * 2
             assert moving("all_reduce", 1e9, link) == pytest.approx(twice)
 
@@ -91,14 +96,15 @@ def test_book_all_reduce_is_two_all_gathers() -> None:
 @pytest.mark.parametrize("row", rows("tpu_pod_bandwidth.csv"), ids=lambda row: row["cluster"])
 def test_pods(row: dict[str, str]) -> None:
     c = cluster(row["cluster"])
-    pod = join(c, c.shape, tuple(range(len(c.shape))))
+    (pod,) = lay(c, (c.devices,))
     # Google counts what all chips send at once; the book's links are 10 % slower than nominal.
-    assert pod.bandwidth * c.devices == pytest.approx(
+    assert pod.bandwidth * math.prod(c.shape) == pytest.approx(
         float(row["all_reduce_TBps"]) * 1e12, rel=0.11
     )
     # Half of each half's data crosses the middle in an all-to-all.
     crossing = c.devices / 2 * pod.exchange / 2
-    assert crossing == pytest.approx(float(row["bisection_TBps"]) * 1e12, rel=0.11)
+    allowed = 0.19 if c.name == "tpu-v3" else 0.11  # its two figures contradict each other
+    assert crossing == pytest.approx(float(row["bisection_TBps"]) * 1e12, rel=allowed)
 
 
 # --- NCCL ---------------------------------------------------------------------------------------
@@ -111,9 +117,7 @@ def test_h200_all_reduce(row: dict[str, str]) -> None:
     (link,) = lay(cluster("h200:8"), (8,))
     payload = int(row["payload_KiB"]) * 1024
     measured = 2 * 7 / 8 * payload / (float(row["busbw_GBps"]) * 1e9)
-    # Latency at one end, a ring's bandwidth at the other; between them NCCL changes its protocol,
-    # which makes 2 MiB half again as slow as we say.
-    assert 0.6 < seconds("all_reduce", payload, link) / measured < 1.4
+    assert 0.84 < seconds("all_reduce", payload, link) / measured < 1.16
 
 
 # --- properties ---------------------------------------------------------------------------------
@@ -131,17 +135,25 @@ def test_more_bytes_never_take_less_time(
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(kinds, sizes_in_bytes, links)
-def test_time_is_linear_in_bytes(kind: Collective, nbytes: float, link: AxisLink) -> None:
-    once, twice = moving(kind, nbytes, link), moving(kind, 2 * nbytes, link)
-    one_more = seconds(kind, nbytes + 1, link) - seconds(kind, nbytes, link)
-    assert twice == pytest.approx(2 * once + one_more, rel=1e-6, abs=1e-12)
+def test_more_bytes_at_once_are_never_less_efficient(
+    kind: Collective, nbytes: float, link: AxisLink
+) -> None:
+    once, twice = seconds(kind, nbytes, link), seconds(kind, 2 * nbytes, link)
+    assert once <= twice <= 2 * once
+    assert (chosen(kind, nbytes, link) == chosen(kind, 2 * nbytes, link)) or len(
+        link.lines[kind]
+    ) > 1
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(sizes_in_bytes, links)
 def test_an_all_reduce_costs_no_more_than_its_two_halves(nbytes: float, link: AxisLink) -> None:
     halves = seconds("reduce_scatter", nbytes, link) + seconds("all_gather", nbytes, link)
-    assert seconds("all_gather", nbytes, link) < seconds("all_reduce", nbytes, link) <= halves
+    whole = seconds("all_reduce", nbytes, link)
+    assert whole <= halves
+    # Across nodes NCCL has trees for an all-reduce, and only rings for the other two.
+    if "tree" not in chosen("all_reduce", nbytes, link):
+        assert seconds("reduce_scatter", nbytes, link) <= whole
     assert sent_bytes("all_reduce", nbytes, link.size) == pytest.approx(
         sent_bytes("reduce_scatter", nbytes, link.size)
         + sent_bytes("all_gather", nbytes, link.size)
@@ -153,8 +165,12 @@ def test_an_all_reduce_costs_no_more_than_its_two_halves(nbytes: float, link: Ax
 def test_nothing_is_sent_faster_than_the_wires(
     kind: Collective, nbytes: float, link: AxisLink
 ) -> None:
-    least = sent_bytes(kind, nbytes, link.size) / link.bandwidth
-    assert seconds(kind, nbytes, link) >= least
+    sent = sent_bytes(kind, nbytes, link.size)
+    if link.hops and link.hops[0].level.in_switch:
+        sent = min(sent, nbytes)  # each device sends its operand once, and the switch does the rest
+    if len(link.hops) > 1:
+        sent /= 2  # stages send as little as half of a ring between two groups
+    assert seconds(kind, nbytes, link) >= sent / link.bandwidth * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("kind", COLLECTIVES)
@@ -168,8 +184,102 @@ def test_sent_bytes() -> None:
     sent = {kind: sent_bytes(kind, 800, 8) for kind in COLLECTIVES}
     assert sent == {
         "all_gather": 700, "reduce_scatter": 700, "all_reduce": 1400, "all_to_all": 700,
-        "permute": 800,
+        "permute": 800, "broadcast": 700,
     }  # fmt: skip
+
+
+# --- algorithms ---------------------------------------------------------------------------------
+
+
+def test_an_all_reduce_over_slices_goes_by_stages() -> None:
+    data, _ = lay(cluster("v5e:2x4x4"), (8, 4))
+    assert data.via == ("ICI", "DCN")
+    assert chosen("all_reduce", 1e9, data) == "stages"
+    inside, across = data.hops
+    once = 3 / 4 * 1e9 / inside.alone + 1 / 2 * 1e9 / 4 / across.alone
+    assert moving("all_reduce", 1e9, data) == pytest.approx(2 * once, rel=1e-3)
+    assert moving("all_gather", 1e9, data) == pytest.approx(once, rel=1e-3)
+
+
+def test_trees_take_over_where_nodes_are_many_and_arrays_small() -> None:
+    (two,) = lay(cluster("a100:2x8"), (16,))
+    (many,) = lay(cluster("a100:64x8"), (512,))
+    assert chosen("all_reduce", 2**15, many) == "tree LL"
+    assert chosen("all_reduce", 2**34, many) == chosen("all_reduce", 2**34, two) == "ring Simple"
+    # 2 * (7 steps in a node and 6 across nodes), where a ring has 1022.
+    assert seconds("all_reduce", 1, many) == pytest.approx(
+        (6.8 + 2 * (7 * 0.6 + 6 * 5)) * US, rel=1e-4
+    )
+    ring = min(a for a, _, name in forms(many)["all_reduce"] if name == "ring LL")
+    assert ring == pytest.approx((6.6 + 2 * (448 * 1 + 63 * 2.7)) * US)
+
+
+def test_only_a_switch_that_adds_up_is_asked_to() -> None:
+    names = {
+        spec: {name for _, _, name in forms(lay(cluster(spec), (8,))[0])["all_reduce"]}
+        for spec in ("a100:8", "h100:8", "h100-pcie:8", "mi300x:8")
+    }
+    assert "switch" in names["h100:8"]
+    assert not any("switch" in name for name in names["a100:8"] | names["mi300x:8"])
+    assert not any("LL128" in name for name in names["h100-pcie:8"])  # needs NVLink
+
+
+def test_a_file_with_a_latency_of_its_own_shifts_all_steps() -> None:
+    c = cluster("h100:8")
+    slow = replace(c, network=tuple(replace(n, latency=n.latency + US) for n in c.network))
+    (was,), (now,) = lay(c, (8,)), lay(slow, (8,))
+    for (a, _, name), (b, _, same) in zip(
+        forms(was)["all_gather"], forms(now)["all_gather"], strict=True
+    ):
+        assert name == same
+        assert b - a == pytest.approx(0 if name == "switch" else 7 * US, abs=1e-12)
+
+
+def test_a_broadcast_passes_through_everyone_once() -> None:
+    (link,) = lay(cluster("v5e:16x1"), (16,))
+    assert moving("broadcast", 1e9, link) == pytest.approx(1e9 / link.bandwidth)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(links, st.sampled_from(COLLECTIVES))
+def test_the_lines_kept_are_the_lowest_everywhere(link: AxisLink, kind: Collective) -> None:
+    kept, every = link.lines[kind], forms(link)[kind]
+    for nbytes in (1, 1e3, 1e4, 1e5, 1e6, 3e6, 1e7, 3e7, 1e8, 1e9, 1e12):
+        least = min(a + b * nbytes for a, b, _ in every)
+        assert seconds(kind, nbytes, link) == pytest.approx(least, rel=1e-12)
+    assert [a for a, _, _ in kept] == sorted(a for a, _, _ in kept)
+
+
+# What wires are like: a cluster file with one number changed.
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(kinds, sizes_in_bytes, st.sampled_from(MESHES), st.floats(1, 100), st.integers(0, 1))
+def test_quicker_links_are_never_slower(
+    kind: Collective, nbytes: float, mesh: tuple[str, tuple[int, ...]], times: float, which: int
+) -> None:
+    spec, sizes = mesh
+    c = cluster(spec)
+    at = min(which, len(c.network) - 1)
+    network = list(c.network)
+    network[at] = replace(network[at], bandwidth=network[at].bandwidth * times)
+    quick = replace(c, network=tuple(network))
+    for slow_link, quick_link in zip(lay(c, sizes), lay(quick, sizes), strict=True):
+        if slow_link.size > 1:
+            slow = seconds(kind, nbytes, slow_link)
+            assert seconds(kind, nbytes, quick_link) <= slow * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(kinds, sizes_in_bytes, st.sampled_from([(4, 4), (16, 4), (4, 16), (2, 8), (6, 4), (64,)]))
+def test_a_dim_whose_ends_are_joined_is_never_slower(
+    kind: Collective, nbytes: float, sizes: tuple[int, ...]
+) -> None:
+    shape = sizes if len(sizes) == 2 else (8, 8)
+    opened = cluster(f"v5e:{shape[0]}x{shape[1]}")
+    opened = replace(opened, network=tuple(replace(n, wrap_at=0) for n in opened.network))
+    joined = replace(opened, network=tuple(replace(n, wrap_multiple=1) for n in opened.network))
+    for open_link, ring in zip(lay(opened, sizes), lay(joined, sizes), strict=True):
+        slow = seconds(kind, nbytes, open_link)
+        assert seconds(kind, nbytes, ring) <= slow * (1 + 1e-9)
 
 
 def test_an_unknown_collective_is_refused() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_models.cluster import Cluster, cluster
-from cost_models.topology import ALONE, AxisLink, assign, join, lay, place
+from cost_models.topology import ALONE, AxisLink, assign, join, lay, place, shares
 
 TORI = [
     "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:8x4", "v5e:16x2", "v5e:16x16", "v5e:3x5", "v6e:8x16",
@@ -272,6 +272,40 @@ def test_axes_joined_over_a_gap_are_never_priced_below_the_wires(
     if link.size > 1:
         least = busiest_wire(c, sizes, (0, 2)) / c.network[-1].bandwidth
         assert 1 / link.exchange >= least * (1 - 1e-9)
+
+
+# --- wires that two axes share ------------------------------------------------------------------
+
+
+def shared(spec: str, sizes: tuple[int, ...]) -> list[list[float]]:
+    links = lay(cluster(spec), sizes)
+    return [[round(shares(a, b), 3) for b in links] for a in links]
+
+
+def test_which_axes_share_wires() -> None:
+    assert shared("v5e:4x4", (4, 4)) == [[1, 0], [0, 1]]  # a dim each
+    assert shared("v5e:16x1", (4, 4)) == [[1, 1], [1, 1]]  # two parts of one dim
+    assert shared("v4:4x4x4", (4, 16)) == [[1, 0], [0, 1]]
+    # Both of the first axis' dims at the same speed, one of them the second's too.
+    assert shared("v4:4x4x4", (2, 2, 16)) == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    assert shared("h100:2x8", (2, 8)) == [[1, 0], [0, 1]]  # network cards, NVLink
+    assert shared("h100:2x8", (4, 4)) == [[1, 1], [1, 1]]  # the first leaves GPUs by NVLink too
+    assert shared("mi300x:8", (2, 4)) == [[1, 0], [0, 1]]  # each pair has a wire of its own
+    c = cluster("mi300x:8")
+    both, inner = join(c, (2, 4), (0, 1)), lay(c, (2, 4))[1]
+    assert (shares(inner, both), shares(both, inner)) == (1, pytest.approx(3 / 7))
+    assert shares(lay(cluster("cpu:8"), (8, 1))[0], ALONE) == 0
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(meshes(TORI + SWITCHES))
+def test_an_axis_shares_all_of_its_wires_with_itself(
+    case: tuple[Cluster, tuple[int, ...]],
+) -> None:
+    c, sizes = case
+    for a in lay(c, sizes):
+        assert shares(a, a) == pytest.approx(1 if a.hops else 0)
+        assert all(0 <= shares(a, b) <= 1 + 1e-9 for b in lay(c, sizes))
 
 
 # --- both ---------------------------------------------------------------------------------------
