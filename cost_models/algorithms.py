@@ -185,10 +185,12 @@ def _ring_steps(link: Route, p: int) -> float:
     """Seconds of the n - 1 steps of a ring, most of them between neighbours in a node."""
     total, left = 0.0, link.size - 1
     across = len(link.hops) > 1
+    # With one GPU in each node no other one works while the network does: as slow as in a tree.
+    steps_of = _RING_STEP if across or link.hops[0].level.wire != "network" else _TREE_STEP
     for hop in reversed(link.hops):
         steps = left if hop is link.hops[0] else hop.groups - 1
         least = _POST * (3 if p == 2 else 1) if across else 0.0
-        total += steps * max(least, _step(_RING_STEP, hop.level.wire, p, hop.level.latency))
+        total += steps * max(least, _step(steps_of, hop.level.wire, p, hop.level.latency))
         left -= steps
     return total
 

@@ -214,6 +214,12 @@ def test_trees_take_over_where_nodes_are_many_and_arrays_small() -> None:
     assert ring == pytest.approx((6.6 + 2 * (448 * 1 + 63 * 2.7)) * US)
 
 
+def test_one_gpu_in_each_node_waits_for_the_network() -> None:
+    nodes, gpus = lay(cluster("h100:8x8"), (8, 8))
+    assert seconds("all_gather", 1, nodes) == pytest.approx((6.6 + 7 * 5.0) * US, rel=1e-4)
+    assert seconds("all_gather", 1, gpus) == pytest.approx((6.6 + 7 * 0.6) * US, rel=1e-4)
+
+
 def test_only_a_switch_that_adds_up_is_asked_to() -> None:
     names = {
         spec: {name for _, _, name in forms(lay(cluster(spec), (8,))[0])["all_reduce"]}
