@@ -126,15 +126,15 @@ def _listed(c: Cluster) -> tuple[str, ...]:
         format_bytes(c.chip.hbm_total_bytes),
         _rate(c.chip.hbm_bandwidth),
         f"{format_flops(peak)}/s",
-        " + ".join(_wires(level, "") for level in reversed(c.network)),
+        " + ".join(map(_wires, reversed(c.network))),
     )
 
 
-def _wires(level: Level, unit: str) -> str:
-    """One level of the network: `8 x NVLink 4 450`, `3D ICI 90`."""
+def _wires(level: Level) -> str:
+    """One level of the network: `8 x NVLink 4 at 450`, `3D ICI at 90`."""
     many = f"{level.max_size} x " if level.max_size else ""
     many = f"{level.dims}D " if level.kind == "torus" else many
-    return f"{many}{level.name} {level.bandwidth / 1e9:.4g}{unit}"
+    return f"{many}{level.name} at {level.bandwidth / 1e9:.4g}"
 
 
 def _rate(bandwidth: float) -> str:
@@ -169,10 +169,12 @@ def cluster_text(spec: str) -> str:
 def _measured(c: Cluster) -> list[str]:
     """How many devices, what they have together, and what each level joins."""
     room = format_bytes(c.memory_limit)
-    peak = max(c.chip.peak_flops.get("bfloat16", 0.0), c.chip.peak_flops["float32"])
+    peaks = c.chip.peak_flops
+    dtype = max({"bfloat16", "float32"} & peaks.keys(), key=lambda name: (peaks[name], name))
+    total = format_flops(peaks[dtype] * c.devices)
     return [
         f"{c}: {c.devices} x {c.chip.name}, {room} for a program on each",
-        f"together {format_bytes(c.memory_limit * c.devices)}, {format_flops(peak * c.devices)}/s",
+        f"together {format_bytes(c.memory_limit * c.devices)}, {total}/s of {dtype}",
         *map(_joined, reversed(c.network), reversed(c.extents)),
     ]
 

@@ -28,7 +28,7 @@ KINDS: Mapping[str, Collective] = {
     "all-to-all": "all_to_all",
     "ragged-all-to-all": "all_to_all",
     "collective-permute": "permute",
-    "collective-broadcast": "permute",  # sends as much, once
+    "collective-broadcast": "broadcast",
 }
 
 _STARTS = frozenset({*(f"{name}-start" for name in KINDS), "async-start"})

@@ -41,7 +41,7 @@ def target_devices(cluster: Cluster) -> list[Any]:
     if needed not in cluster.compiler:
         raise NoCompiler(
             f"{cluster.name} has no {needed} in a [compiler] table of its cluster file, so that "
-            "XLA can not be told what to compile for; copy the table of a like chip"
+            "XLA can not be told what to compile for; of a TPU or NVIDIA GPU, copy a like chip's"
         )
     return list(_topology(cluster.platform, *_asked(cluster)).devices)
 

@@ -135,12 +135,17 @@ def test_a_small_network_and_a_large_batch_is_data_parallel(printed: Golden) -> 
 def test_where_memory_binds_the_state_is_split(printed: Golden) -> None:
     """FSDP (ZeRO-3, arXiv 1910.02054): weights gathered for use, gradients reduce-scattered."""
     job = {"width": 4096, "layers": 8, "batch": 65536}
-    limit = 5 * GIB // 2  # above, some gradients are added up in the switch and stay whole
+    # Room for no more than this. An NVSwitch adds up a gradient of 64 MiB in 319 us, where a
+    # reduce-scatter and an all-gather take 384: plans that do not split two of the eight weights
+    # all the way are quicker, and need 2.52 GiB on a mesh of 4 x 2, 2.8 GiB on one of 8.
+    limit = 5 * GIB // 2
     plan = planned(zoo.mlp, "h100:8", memory_limit=limit, **job)
     dp = next(a for a in plan.alternatives if a.solver == "dp")
     assert dp.note.startswith("needs"), "else the limit would not bind"
     assert plan.mesh == {"data": 8}
     assert plan.cost.peak_memory <= limit
+    # The bound does not count gathered copies, so that it can not prove the last few tenths.
+    assert plan.data.gap < 0.005
     for t in plan.data.arguments:
         split = math.prod(plan.mesh[a] for axes in t.spec for a in axes)
         assert split == (8 if t.nbytes > MIB else 1), t.name

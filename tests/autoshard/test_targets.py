@@ -45,5 +45,5 @@ def test_the_compiler_is_told_of_every_nvidia_gpu(name: str) -> None:
 
 
 def test_there_is_no_compiler_for_amd_gpus_alone() -> None:
-    with pytest.raises(targets.TargetError, match=r"mi300x has no \[compiler\] table"):
+    with pytest.raises(targets.NoCompiler, match="mi300x has no cuda_compute_capability"):
         targets.target_devices(cluster("mi300x:8"))
