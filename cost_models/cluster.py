@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from cost_models import cluster_file
 from cost_models.cluster_file import ClusterError as ClusterError
+from cost_models.fitted import Fitted
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
@@ -36,6 +37,7 @@ class Chip:
     hbm_bandwidth: bytes/s by the data sheet. matrix_efficiency, hbm_efficiency: the share of the
     peak that a large operation reaches. kernel_latency: seconds before a kernel does anything.
     host_bandwidth: bytes/s to and from the host's memory, each; 0 where nobody has said.
+    fitted: constants of the finer models of `cost_models.product` and `cost_models.vector`.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Chip:
     matrix_efficiency: float = 1.0
     kernel_latency: float = 0.0
     host_bandwidth: float = 0.0
+    fitted: Fitted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class Cluster:
             return Cluster(
                 name=str(data["name"]),
                 platform=data["platform"],
-                chip=Chip(**data["chip"]),
+                chip=_chip_of(data["chip"]),
                 network=tuple(Level(**level) for level in data["network"]),
                 shape=tuple(data["shape"]),
                 compiler=dict(data.get("compiler", {})),
@@ -157,6 +160,11 @@ class Cluster:
 
     def __str__(self) -> str:
         return f"{self.name}:{'x'.join(map(str, self.shape))}"
+
+
+def _chip_of(data: Mapping[str, Any]) -> Chip:
+    fitted = data.get("fitted")
+    return Chip(**{**data, "fitted": None if fitted is None else Fitted(**fitted)})
 
 
 def cluster(spec: str) -> Cluster:
@@ -285,4 +293,5 @@ def _chip(data: Mapping[str, Any]) -> Chip:
         matrix_efficiency=data["matrix_efficiency"],
         kernel_latency=data["kernel_latency"],
         host_bandwidth=data["host_bandwidth"],
+        fitted=None if data["fitted"] is None else Fitted(**data["fitted"]),
     )

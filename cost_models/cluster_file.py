@@ -10,6 +10,11 @@ catalogue. The keys:
                         host_bandwidth_GBps (to the host's memory, one direction); all of one
                         device, which is half a chip where jax sees two devices on it
     [chip.peak_TFLOPs]  bfloat16, float32, int8, ...: of the matrix unit, dense
+    [chip.fitted]       where a compiler's estimates were fitted: see `cost_models.fitted`.
+                        stream_GBps, start_us, element_ps, narrow_ps, alone_ps,
+                        product_start_us, product_element_ps, product_narrow_ps, unit, vmem_MiB,
+                        conv_efficiency, and the tables efficiency (per dtype, bfloat16 among them)
+                        and moves_ps (per kind of move)
     [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
                         "direct": a wire from each device to each other), bandwidth_GBps (one
                         direction; of a device on a switch, of one link otherwise), efficiency,
@@ -34,6 +39,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cost_models.fitted import MOVES
+
 CATALOGUE = Path(__file__).parent / "clusters"
 
 # What a unit counts in, and how much of it.
@@ -42,6 +49,7 @@ _UNITS: dict[str, tuple[str, float]] = {
     "GBps": ("bytes/s", 1e9), "MBps": ("bytes/s", 1e6),
     "TFLOPs": ("FLOP/s", 1e12), "GFLOPs": ("FLOP/s", 1e9),
     "us": ("seconds", 1e-6), "ns": ("seconds", 1e-9), "ms": ("seconds", 1e-3),
+    "ps": ("seconds", 1e-12),
 }  # fmt: skip
 
 # Field -> what it holds, and what stands in for it when the file leaves it out (... must be there).
@@ -55,6 +63,14 @@ _CHIP: dict[str, tuple[str, Any]] = {
     "hbm_total": ("bytes", ...), "hbm_usable": ("bytes", ...), "hbm_bandwidth": ("bytes/s", ...),
     "hbm_efficiency": ("share", 1.0), "matrix_efficiency": ("share", 1.0),
     "kernel_latency": ("seconds", 0.0), "host_bandwidth": ("bytes/s", 0.0),
+    "fitted": ("table", None),
+}  # fmt: skip
+_FITTED: dict[str, tuple[str, Any]] = {
+    "stream": ("bytes/s", ...), "start": ("seconds", ...), "element": ("seconds", ...),
+    "narrow": ("seconds", ...), "alone": ("seconds", ...), "product_start": ("seconds", ...),
+    "product_element": ("seconds", ...), "product_narrow": ("seconds", ...), "unit": ("whole", ...),
+    "vmem": ("bytes", ...), "conv_efficiency": ("share", ...),
+    "efficiency": ("share per dtype", ...), "moves": ("seconds per move", {}),
 }  # fmt: skip
 _LEVEL: dict[str, tuple[str, Any]] = {
     "name": ("text", ...), "kind": ("kind", ...), "bandwidth": ("bytes/s", ...),
@@ -83,6 +99,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ClusterFileError(f"the cluster file {path} is no TOML: {e}") from e
     out = _table(data, _FILE, str(path))
     out["chip"] = _table(out["chip"], _CHIP, f"{path} [chip]")
+    if out["chip"]["fitted"] is not None:
+        out["chip"]["fitted"] = _fitted(out["chip"]["fitted"], f"{path} [chip.fitted]")
     out["network"] = [
         _table(level, _LEVEL, f"{path} [[network]] {k + 1}")
         for k, level in enumerate(out["network"])
@@ -115,6 +133,19 @@ def by_device_kind(kind: str) -> str | None:
     return None
 
 
+def _fitted(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The [chip.fitted] table, whole; raises ClusterFileError."""
+    out = _table(data, _FITTED, where)
+    if out["unit"] < 1:
+        raise ClusterFileError(f"{where}: unit is 0, not the side of a matrix unit")
+    if "bfloat16" not in out["efficiency"]:
+        raise ClusterFileError(f"{where}: efficiency has no bfloat16, which the others follow")
+    unknown = [kind for kind in out["moves"] if kind not in MOVES]
+    if unknown:
+        raise ClusterFileError(f"{where}: moves has {unknown[0]!r}; known are {', '.join(MOVES)}")
+    return out
+
+
 def _table(
     data: Mapping[str, Any], fields: Mapping[str, tuple[str, Any]], where: str
 ) -> dict[str, Any]:
@@ -139,10 +170,11 @@ def _split(key: str, fields: Mapping[str, Any]) -> tuple[str, str]:
 
 def _checked(value: Any, holds: str, unit: str, where: str) -> Any:
     """The value as its field holds it, in SI units; raises ClusterFileError."""
-    if holds == "FLOP/s per dtype":
+    each, _, of = holds.partition(" per ")
+    if of:
         if not isinstance(value, dict) or not value:
-            raise ClusterFileError(f"{where} is {value!r}, not a table of FLOP/s per dtype")
-        return {k: _checked(v, "FLOP/s", unit, f"{where}.{k}") for k, v in value.items()}
+            raise ClusterFileError(f"{where} is {value!r}, not a table of {holds}")
+        return {k: _checked(v, each, unit, f"{where}.{k}") for k, v in value.items()}
     units = [u for u, (kind, _) in _UNITS.items() if kind == holds]
     if units:
         if unit not in units:

@@ -4,7 +4,8 @@
 
 (Williams, Waterman, Patterson, "Roofline", CACM 2009.) The efficiencies are one number per chip,
 with their source in its cluster file: what a large product, or a long stream, reaches of the peak.
-Small and narrow operations reach less; that is not modelled here, nor is `Chip.kernel_latency`.
+Small and narrow operations reach less: chips with fitted constants are priced by
+`cost_models.product` and `cost_models.vector`, the others by this.
 
 >>> from cost_models.cluster import cluster
 >>> v5e = cluster("tpu-v5e:1x1").chip

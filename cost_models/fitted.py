@@ -1,0 +1,57 @@
+"""What has been learnt of a chip by compiling for it?  Constants of `product` and `vector`.
+
+They are fitted to XLA:TPU's own `estimated_cycles` by tests/accuracy/fit_compute.py, and stand in
+[chip.fitted] of a cluster file. How XLA:TPU counts, as far as its answers tell:
+
+* A kernel takes the longer of its arithmetic and its traffic, and a start of about a microsecond.
+* Traffic is bytes over a bandwidth that is the same for reads and writes, of any dtype.
+* A kernel that stores no whole array of 32 bits (because its result is bfloat16, or a sum) takes
+  longer, by as much as reading one more float32 array of that size. This is why a bfloat16 chain is
+  hardly quicker than a float32 one.
+* One operation that nothing is fused with (a sum of what a caller gave, a stored conversion or
+  broadcast) works in smaller pieces than a fused chain, which costs it a little per element.
+* A product works in blocks of the matrix unit: of m, n, k the two that the unit holds are rounded
+  up to it. Reading a product's operands and writing its result takes a little longer per element.
+* While a kernel computes, the next one's operands are fetched into memory on the chip; a product
+  that computes longer than it reads has one operand there. `product.fetched_ahead` says which.
+* Transposes are copies, or what the layout of a neighbour absorbs. Gathers, scatters and sorts have
+  no estimate at all: they are priced by their traffic, which is a lower bound.
+* A product with a side of one does not use the matrix unit. It is a multiplication and a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# What is no loop over an array, and has a price per element of its own.
+MOVES = ("concatenate", "cumulative")
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Seconds, bytes/s, and shares of `Chip.peak_flops`.
+
+    stream: bytes/s of kernels. start: of a kernel that is no product. element: per element that a
+    kernel works on; narrow: the same, more, where it writes no whole array of 32 bits; alone: the
+    same, more, where it is one operation that nothing is fused with. product_start,
+    product_element, product_narrow: the same of a product, per element of operands and result, and
+    of the result. unit: elements along a side of the matrix unit. vmem: bytes of memory on the
+    chip. efficiency: per dtype of the operands the share of bfloat16's peak. conv_efficiency: the
+    share of that which convolutions reach. moves: seconds per element of what moves data, by kind,
+    one of MOVES.
+    """
+
+    stream: float
+    start: float
+    element: float
+    narrow: float
+    alone: float
+    product_start: float
+    product_element: float
+    product_narrow: float
+    unit: int
+    vmem: float
+    conv_efficiency: float
+    efficiency: Mapping[str, float] = field(hash=False)
+    moves: Mapping[str, float] = field(hash=False)

@@ -1,0 +1,104 @@
+"""How many seconds does a kernel take that is no product?  Of a chip with fitted constants.
+
+    seconds = start + max(arithmetic, bytes / stream + elements * (element + narrow))
+
+A kernel is a chain of operations that the compiler fuses into one loop over an array: it reads what
+the chain reads, writes what is kept of it, and starts once. `kernel_seconds` prices a whole one;
+`vector_seconds` prices one operation of one. How XLA:TPU counts is told in `cost_models.fitted`.
+
+>>> from cost_models.cluster import cluster
+>>> v5e = cluster("tpu-v5e:1x1").chip
+>>> f"{vector_seconds(v5e, 'tanh', 4096 * 4096, 2 * 4 * 4096 * 4096, 'float32') * 1e6:.0f} us"
+'207 us'
+>>> f"{vector_seconds(v5e, 'tanh', 4096 * 4096, 0, 'float32') * 1e6:.1f} us"  # inside a chain
+'0.3 us'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from cost_models.cluster import Chip
+
+# Operations of the vector unit per element, by the name of jax's primitive; one where not listed.
+# They are how much XLA:TPU's cycles grow with one more of it in a chain on v5e, in quarters of a
+# cycle for 1024 elements (four units of 8 x 128 lanes: jax-ml.github.io/scaling-book/tpus).
+_OPERATIONS: Mapping[str, float] = {
+    "exp2": 2, "log": 2, "log1p": 2, "pow": 2, "integer_pow": 2, "div": 2, "floor": 2, "ceil": 2,
+    "round": 2, "rem": 4, "logistic": 5, "erf": 8, "erfc": 16, "erf_inv": 19, "sin": 153,
+    "cos": 153, "tan": 160, "atan2": 20, "threefry2x32": 120, "random_bits": 120,
+}  # fmt: skip
+
+# What takes longer than its traffic, and the constant it is priced by: seconds more per element of
+# the larger of operand and result.
+_MOVES: Mapping[str, str] = {
+    "cumsum": "cumulative", "cumprod": "cumulative", "cummax": "cumulative",
+    "cummin": "cumulative", "cumlogsumexp": "cumulative", "concatenate": "concatenate",
+}  # fmt: skip
+
+# Bytes up to which a lone operation is no dearer than a fused one: XLA:TPU works on it at once.
+_AT_ONCE = 6 * 2**20
+
+_WIDE = frozenset({"float32", "int32", "uint32", "float64", "int64", "uint64", "complex64"})
+_REDUCTIONS = frozenset({"argmax", "argmin"})
+
+
+def kernel_seconds(
+    chip: Chip,
+    elements: float,
+    moved_bytes: float,
+    wide: bool,
+    work: float = 0.0,
+    alone: bool = False,
+) -> float:
+    """Seconds of one kernel that loops over an array of so many elements.
+
+    moved_bytes: all that it reads from and writes to memory. wide: whether it writes a whole array
+    of 32-bit elements. work: seconds of arithmetic, the sum of `work_seconds` over its chain.
+    alone: whether it is a single operation, and no chain.
+    """
+    f = chip.fitted
+    if f is None:
+        return max(work, moved_bytes / (chip.hbm_bandwidth * chip.hbm_efficiency))
+    each = f.element if wide else f.element + f.narrow
+    if alone and moved_bytes > _AT_ONCE:
+        each += f.alone
+    return f.start + max(work, moved_bytes / f.stream + elements * each)
+
+
+def work_seconds(chip: Chip, primitive: str, elements: float) -> float:
+    """Seconds of arithmetic of one elementwise operation or reduction, were memory no matter."""
+    return elements * _OPERATIONS.get(primitive, 1.0) / chip.vector_flops
+
+
+def vector_seconds(
+    chip: Chip,
+    primitive: str,
+    elements: float,
+    moved_bytes: float,
+    dtype: str,
+    alone: bool = False,
+) -> float:
+    """Seconds of one operation that is no product, by the name of jax's primitive.
+
+    elements: of the largest of operands and results, on one device. moved_bytes: what it reads from
+    and writes to memory; 0 inside a fused chain, where its work hides behind the traffic of the
+    chain's kernel but for a tenth, or for what exceeds reading one float32 array. dtype: of the
+    result, where it writes one. alone: whether nothing is fused with it.
+    """
+    work = work_seconds(chip, primitive, elements)
+    f = chip.fitted
+    if f is None:
+        return max(work, moved_bytes / (chip.hbm_bandwidth * chip.hbm_efficiency))
+    if moved_bytes <= 0:
+        return max(work / 10, work - 4 * elements / f.stream)
+    moves = f.moves.get(_MOVES.get(primitive, ""), 0.0)
+    wide = is_wide(primitive, dtype)
+    return kernel_seconds(chip, elements, moved_bytes, wide, work, alone) + elements * moves
+
+
+@lru_cache(maxsize=1 << 10)
+def is_wide(primitive: str, dtype: str) -> bool:
+    """Whether an operation stores a whole array of 32 bits: no reduction does."""
+    return dtype in _WIDE and primitive not in _REDUCTIONS and not primitive.startswith("reduce_")
