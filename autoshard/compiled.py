@@ -8,7 +8,7 @@ that is fused with compute runs beside that. A loop runs as often as it says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -157,14 +157,15 @@ class _Replay:
         self.links: dict[Groups, AxisLink] = {}
         self.unknown = 0
 
-    def run(self, scalars: Scalars) -> _Line:
+    def run(self, scalars: Scalars, outside: Iterable[str] = ()) -> _Line:
+        """Run a computation. outside: collectives that go on around it, begun by its caller."""
         home = scalars.home
         line = _Line(0.0, 0.0, 0.0, [])
-        awaited: dict[str, float] = {}  # per started collective, when it ends
+        awaited = dict.fromkeys(outside, 0.0)  # per started collective, when it ends
         last = self.last_pieces(home)
         for k, i in enumerate(home.instructions):
             if i.opcode == "while":
-                self.loop(i, scalars, line)
+                self.loop(i, scalars, line, awaited)
             elif i.opcode in ("call", "conditional"):
                 self.branches(i, scalars, line)
             elif i.opcode in _STARTS:
@@ -196,10 +197,11 @@ class _Replay:
         line.end += taken
         line.compute += taken
 
-    def loop(self, i: Instruction, scalars: Scalars, line: _Line) -> None:
+    def loop(self, i: Instruction, scalars: Scalars, line: _Line, outside: Iterable[str]) -> None:
+        """A loop; a collective begun before it and awaited after it may go on in its body."""
         trips = trip_count(i, scalars)
         self.unknown += trips is None
-        body = self.run(self.scalars(i.called()["body"][0]))
+        body = self.run(self.scalars(i.called()["body"][0]), outside)
         self.add(body, 1 if trips is None else trips, line)
 
     def scalars(self, name: str) -> Scalars:

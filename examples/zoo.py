@@ -26,6 +26,13 @@ import optax
 
 Tree = dict[str, Any]
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
+# What is to be done with a value or a weight of this name where the model uses it.
+Use = Callable[[jax.Array, str], jax.Array]
+
+
+def as_it_is(x: jax.Array, name: str) -> jax.Array:
+    """Nothing: where it lies is for others to decide. Who annotates by hand passes another."""
+    return x
 
 
 def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -141,14 +148,18 @@ def gpt_layer_params(width: int, hidden: int) -> Tree:
     return weights | shapes(scale1=row, bias1=row, scale2=row, bias2=row)
 
 
-def gpt_layer(p: Tree, x: jax.Array, heads: int) -> jax.Array:
+def gpt_layer(
+    p: Tree, x: jax.Array, heads: int, causal: bool = True, use: Use = as_it_is
+) -> jax.Array:
     """x [batch, sequence, width]; computes in x's dtype, whatever that of the parameters."""
-    p = jax.tree.map(lambda w: w.astype(x.dtype), p)
-    y = layer_norm(x, p["scale1"], p["bias1"])
-    q, k, v = (heads_of(y @ p[f"w{n}"], heads) for n in "qkv")
-    x = x + attention(q, k, v).reshape(x.shape) @ p["wo"]
-    y = layer_norm(x, p["scale2"], p["bias2"])
-    return x + jax.nn.gelu(y @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+    p = {name: use(w.astype(x.dtype), name) for name, w in p.items()}
+    y = use(layer_norm(x, p["scale1"], p["bias1"]), "normed")
+    q, k, v = (use(heads_of(y @ p[f"w{n}"], heads), "heads") for n in "qkv")
+    mixed = use(attention(q, k, v, causal), "heads").reshape(x.shape)
+    x = use(x + mixed @ p["wo"], "stream")
+    y = use(layer_norm(x, p["scale2"], p["bias2"]), "normed")
+    hidden = use(jax.nn.gelu(y @ p["w1"] + p["b1"]), "hidden")
+    return use(x + hidden @ p["w2"] + p["b2"], "stream")
 
 
 def gpt(
@@ -162,6 +173,7 @@ def gpt(
     scan: bool = False,
     remat: bool = False,
     dtype: Any = jnp.float32,
+    use: Use = as_it_is,
 ) -> Job:
     """A train step of any GPT. The vocabulary of 50,257 is rounded up to a multiple of 128."""
     one = gpt_layer_params(width, 4 * width)
@@ -170,19 +182,21 @@ def gpt(
     params |= shapes(scale=(width,), bias=(width,))
 
     def through(p: Tree, x: jax.Array) -> jax.Array:
-        return gpt_layer(p, x, heads)
+        return gpt_layer(p, x, heads, use=use)
 
     layer = jax.checkpoint(through) if remat else through
 
     def loss_of(params: Tree, tokens: jax.Array) -> jax.Array:
-        x = (params["embed"][tokens[:, :-1]] + params["position"]).astype(dtype)
+        x = use(params["embed"], "embed")[tokens[:, :-1]]
+        x = use((x + params["position"]).astype(dtype), "stream")
         if scan:
             x, _ = jax.lax.scan(lambda x, p: (layer(p, x), None), x, params["layers"])
         else:
             for p in params["layers"]:
                 x = layer(p, x)
-        x = layer_norm(x, params["scale"], params["bias"]).astype(dtype)
-        return next_token_loss(x @ params["embed"].T.astype(dtype), tokens[:, 1:])
+        x = use(layer_norm(x, params["scale"], params["bias"]).astype(dtype), "normed")
+        scores = use(x @ use(params["embed"].T.astype(dtype), "unembed"), "scores")
+        return next_token_loss(scores, tokens[:, 1:])
 
     return train_job(loss_of, params, shape(batch, sequence + 1, dtype=jnp.int32))
 
@@ -205,12 +219,15 @@ def gpt2_small_unrolled(layers: int = 12, batch: int = 8, sequence: int = 1024) 
     return gpt(width=768, layers=layers, heads=12, sequence=sequence, batch=batch)
 
 
-def gpt2_small_scan(layers: int = 12, batch: int = 8, sequence: int = 1024) -> Job:
+def gpt2_small_scan(
+    layers: int = 12, batch: int = 8, sequence: int = 1024, use: Use = as_it_is
+) -> Job:
     """GPT-2 small, one scan over its layers."""
-    return gpt(width=768, layers=layers, heads=12, sequence=sequence, batch=batch, scan=True)
+    sizes = {"width": 768, "layers": layers, "heads": 12, "sequence": sequence, "batch": batch}
+    return gpt(**sizes, scan=True, use=use)
 
 
-def gpt_1p3b(layers: int = 24, batch: int = 32, sequence: int = 2048) -> Job:
+def gpt_1p3b(layers: int = 24, batch: int = 32, sequence: int = 2048, use: Use = as_it_is) -> Job:
     """GPT-3 XL (arXiv 2005.14165, table 2.1; 16 heads of 128): scan, remat, bf16 over f32."""
     return gpt(
         width=2048,
@@ -221,6 +238,7 @@ def gpt_1p3b(layers: int = 24, batch: int = 32, sequence: int = 2048) -> Job:
         scan=True,
         remat=True,
         dtype=jnp.bfloat16,
+        use=use,
     )
 
 
@@ -437,7 +455,12 @@ def mlp(width: int = 512, layers: int = 4, batch: int = 4096) -> Job:
     return train_job(loss_of, params, shapes(x=(batch, width), y=(batch, width)))
 
 
-def dlrm(batch: int = 8192, width: int = 64, rows: tuple[int, ...] = CRITEO_ROWS) -> Job:
+def dlrm(
+    batch: int = 8192,
+    width: int = 64,
+    rows: tuple[int, ...] = CRITEO_ROWS,
+    use: Use = as_it_is,
+) -> Job:
     """DLRM (arXiv 1906.00091) on Criteo's columns with Adagrad: 8.6 GB of tables, twice."""
     vectors = 1 + len(rows)
     params: Tree = {
@@ -450,7 +473,11 @@ def dlrm(batch: int = 8192, width: int = 64, rows: tuple[int, ...] = CRITEO_ROWS
 
     def loss_of(params: Tree, batch: Tree) -> jax.Array:
         bottom = mlp_layers(params["bottom"], batch["dense"])
-        found = [table[batch["ids"][:, i]] for i, table in enumerate(params["tables"])]
+        ids = use(batch["ids"], "ids")
+        found = [
+            use(use(table, "tables")[ids[:, i]], "vectors")
+            for i, table in enumerate(params["tables"])
+        ]
         x = jnp.stack([bottom, *found], axis=1)
         upper = np.triu_indices(vectors, k=1)
         dots = jnp.einsum("bid,bjd->bij", x, x)[:, *upper]

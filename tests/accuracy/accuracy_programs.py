@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import zoo
-from zoo import Job, Tree, attention, heads_of, layer_norm, rms_norm, shape, shapes, stacked
+from zoo import Job, Tree, Use, as_it_is, heads_of, layer_norm, rms_norm, shape, shapes, stacked
 
 BF16 = jnp.bfloat16
 
@@ -36,7 +36,12 @@ def zeros(tree: Any) -> Any:
 
 
 def vit(
-    width: int = 1024, layers: int = 6, heads: int = 16, side: int = 224, batch: int = 256
+    width: int = 1024,
+    layers: int = 6,
+    heads: int = 16,
+    side: int = 224,
+    batch: int = 256,
+    use: Use = as_it_is,
 ) -> Job:
     """ViT-L's layers (arXiv 2010.11929) on patches of 14 x 14, mean-pooled; bf16 over f32."""
     patch, count = 14, (side // 14) ** 2
@@ -46,21 +51,16 @@ def vit(
     params |= shapes(scale=(width,), bias=(width,))
 
     def layer(x: jax.Array, p: Tree) -> tuple[jax.Array, None]:
-        p = jax.tree.map(lambda w: w.astype(x.dtype), p)
-        y = layer_norm(x, p["scale1"], p["bias1"])
-        q, k, v = (heads_of(y @ p[f"w{n}"], heads) for n in "qkv")
-        x = x + attention(q, k, v, causal=False).reshape(x.shape) @ p["wo"]
-        y = layer_norm(x, p["scale2"], p["bias2"])
-        return x + jax.nn.gelu(y @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"], None
+        return zoo.gpt_layer(p, x, heads, causal=False, use=use), None
 
     def loss_of(params: Tree, batch: Tree) -> jax.Array:
         image = batch["image"]
         rows = image.reshape(image.shape[0], side // patch, patch, side // patch, patch, 3)
         x = rows.swapaxes(2, 3).reshape(image.shape[0], count, -1).astype(BF16)
-        x = x @ params["patch"].astype(BF16) + params["position"].astype(BF16)
-        x, _ = jax.lax.scan(layer, x, params["layers"])
+        x = x @ use(params["patch"].astype(BF16), "patch") + params["position"].astype(BF16)
+        x, _ = jax.lax.scan(layer, use(x, "stream"), params["layers"])
         x = layer_norm(x, params["scale"], params["bias"]).mean(axis=1)
-        return zoo.next_token_loss(x @ params["head"], batch["label"])
+        return zoo.next_token_loss(x @ use(params["head"], "head"), batch["label"])
 
     data = {"image": shape(batch, side, side, 3), "label": shape(batch, dtype=jnp.int32)}
     return zoo.train_job(loss_of, params, data)
@@ -101,7 +101,12 @@ def retnet(
 
 
 def moe(
-    layers: int = 2, experts: int = 16, groups: int = 16, tokens: int = 1024, width: int = 1024
+    layers: int = 2,
+    experts: int = 16,
+    groups: int = 16,
+    tokens: int = 1024,
+    width: int = 1024,
+    use: Use = as_it_is,
 ) -> Job:
     """Experts that each take their best tokens (arXiv 2202.09368), between dense layers; f32."""
     square, hidden, room = (width, width), 4 * width, 2 * tokens // experts
@@ -110,14 +115,16 @@ def moe(
     params: Tree = {"layers": [one] * layers}
 
     def layer(p: Tree, x: jax.Array) -> jax.Array:
-        x = x + jax.nn.gelu(x @ p["dense1"]) @ p["dense2"]
-        gates = jax.nn.softmax(x @ p["router"])
+        p = {name: use(w, name) for name, w in p.items()}
+        hidden = use(jax.nn.gelu(use(x, "normed") @ p["dense1"]), "hidden")
+        x = use(x + hidden @ p["dense2"], "stream")
+        gates = use(jax.nn.softmax(x @ p["router"]), "gates")
         values, chosen = jax.lax.top_k(gates.swapaxes(1, 2), room)  # group, expert, place
         onto = jax.nn.one_hot(chosen, tokens)
-        inside = jnp.einsum("gect,gtm->egcm", onto, x)
-        inside = jax.nn.gelu(jnp.einsum("egcm,emh->egch", inside, p["w1"]))
-        inside = jnp.einsum("egch,ehm->egcm", inside, p["w2"])
-        return x + jnp.einsum("egcm,gect->gtm", inside, onto * values[..., None])
+        inside = use(use(jnp.einsum("gect,gtm->egcm", onto, x), "of_groups"), "of_experts")
+        wide = use(jax.nn.gelu(jnp.einsum("egcm,emh->egch", inside, p["w1"])), "wide")
+        inside = use(use(jnp.einsum("egch,ehm->egcm", wide, p["w2"]), "of_experts"), "of_groups")
+        return use(x + jnp.einsum("egcm,gect->gtm", inside, onto * values[..., None]), "stream")
 
     def loss_of(params: Tree, batch: Tree) -> jax.Array:
         x = batch["x"]

@@ -74,6 +74,59 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs(length: int) ->
     assert {c.trips for c in found} <= {1, length}
 
 
+# As XLA:TPU writes it: one gather, in a piece that starts it, one in a loop and one that ends it.
+ASYNC = """HloModule spread, num_partitions=8
+
+%first (p: f32[8]) -> f32[64] {
+  %p = f32[8] parameter(0)
+  ROOT %g = f32[64] all-gather(%p), channel_id=15, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%piece (p: f32[8]) -> f32[64] {
+  %p = f32[8] parameter(0)
+  ROOT %g = f32[64] all-gather(%p), channel_id=15, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8] get-tuple-element(%t), index=1
+  %beside = f32[64] fusion(%x), kind=kLoop, calls=%piece
+  ROOT %out = (s32[], f32[8]) tuple(%i, %x)
+}
+
+%more (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+%last (p: f32[8]) -> f32[64] {
+  %p = f32[8] parameter(0)
+  ROOT %g = f32[64] all-gather(%p), channel_id=15, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: f32[8]) -> f32[64] {
+  %x = f32[8] parameter(0)
+  %start = f32[64] fusion(%x), kind=kCustom, calls=%first
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[8]) tuple(%zero, %x)
+  %loop = (s32[], f32[8]) while(%init), condition=%more, body=%body, \
+backend_config={"known_trip_count":{"n":"12"}}
+  %y = f32[8] get-tuple-element(%loop), index=1
+  ROOT %done = f32[64] fusion(%y), kind=kCustom, calls=%last
+}
+"""
+
+
+def test_a_collective_that_goes_on_beside_a_loop_is_one() -> None:
+    found = profile_of(hlo.read(ASYNC), CPU, SIZES).collectives
+    assert [(c.kind, c.nbytes, c.trips, c.hidden) for c in found] == [("all_gather", 256, 1, True)]
+    nothing = "\n%nothing (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8] parameter(0)\n}\n"
+    started_inside = ASYNC.replace("calls=%first", "calls=%nothing") + nothing
+    trips = [c.trips for c in profile_of(hlo.read(started_inside), CPU, SIZES).collectives]
+    assert trips == [12, 1]
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 5), st.integers(0, 30), st.integers(1, 4))
 def test_trips_are_computed_as_xla_counts_them(begin: int, length: int, step: int) -> None:
