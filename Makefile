@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint types format bench accuracy wheel-test clean
+.PHONY: demo test lint types format bench accuracy experts fit rank wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/02_byte_gpt.py
@@ -42,6 +42,20 @@ bench: $(INSTALLED)
 accuracy: $(INSTALLED)
 	PYTHONPATH=.:examples:tests/accuracy JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=true \
 	    $(BIN)/python tests/accuracy/collect.py $(ARGS)
+
+# Plans against what experts write by hand, by the TPU's compiler: a minute or more for each version.
+experts: $(INSTALLED)
+	PYTHONPATH=.:examples:tests/accuracy JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=true \
+	    $(BIN)/python tests/accuracy/experts.py $(ARGS)
+
+# The constants of [chip.fitted] of TPUs, from tests/data/tpu_cycles.csv; `--compile` adds to it first.
+fit: $(INSTALLED)
+	PYTHONPATH=.:tests/accuracy JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=true \
+	    $(BIN)/python tests/accuracy/fit_compute.py $(ARGS)
+
+# The order of plans by their predictions, and by steps on 8 virtual CPU devices: some ten minutes.
+rank: $(INSTALLED)
+	PYTHONPATH=.:examples JAX_PLATFORMS=cpu $(BIN)/python tests/accuracy/rank_cpu.py $(ARGS)
 
 # The wheel alone, in a fresh environment, with the checkout out of sight.
 WHEEL_VENV := $(CURDIR)/.venv-wheel

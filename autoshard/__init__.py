@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from autoshard.api import Plan, parallelize, plan
     from autoshard.ask_compiler import CompilerRefused
     from autoshard.auditing import audit
+    from autoshard.calibration import calibrate
+    from autoshard.calibration_suite import CalibrationError
     from autoshard.mesh import DevicesError
     from autoshard.targets import NoCompiler
     from passes.search import NoFeasiblePlan
 
 __all__ = [  # noqa: RUF022 (in plain order)
+    "CalibrationError",
     "Cluster",
     "ClusterError",
     "CompilerRefused",
@@ -42,6 +45,7 @@ __all__ = [  # noqa: RUF022 (in plain order)
     "UnknownCluster",
     "annotate",
     "audit",
+    "calibrate",
     "cluster",
     "parallelize",
     "plan",
@@ -49,6 +53,7 @@ __all__ = [  # noqa: RUF022 (in plain order)
 
 # Where the names live that bring in jax, or a solver.
 _LATER = {
+    "CalibrationError": "autoshard.calibration_suite",
     "CompilerRefused": "autoshard.ask_compiler",
     "DevicesError": "autoshard.mesh",
     "NoCompiler": "autoshard.targets",
@@ -56,6 +61,7 @@ _LATER = {
     "Plan": "autoshard.api",
     "annotate": "autoshard.annotation",
     "audit": "autoshard.auditing",
+    "calibrate": "autoshard.calibration",
     "parallelize": "autoshard.api",
     "plan": "autoshard.api",
 }

@@ -1,4 +1,4 @@
-"""The command `autoshard`: plan, run, compare, explain, verify, audit, clusters.
+"""The command `autoshard`: plan, run, compare, explain, verify, audit, calibrate, clusters.
 
 Every command is one public call and a print-out. Exit codes: 0 done; 1 no plan fits, or numbers
 differ; 2 the command or the user's code was wrong, in one sentence on stderr (`--debug` shows all);
@@ -26,6 +26,7 @@ from autoshard.report import head
 
 if TYPE_CHECKING:
     from autoshard.api import Plan
+    from cost_models.cluster import Cluster
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -264,7 +265,7 @@ def verify_command(
     from autoshard.virtual_devices import prepare_compiler
 
     hardware = prepare_compiler(cluster)
-    found = _plan(target, str(hardware), mesh, hint, solver, memory_limit, donate)
+    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate)
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
@@ -288,6 +289,37 @@ def audit_command(target: Target, cluster: OnCluster = None, debug: Debug = Fals
     return 0 if found.fits else 1
 
 
+@app.command("calibrate")
+@_command
+def calibrate_command(
+    out: Annotated[
+        Path, typer.Argument(help="the file to write, such as mine.toml", metavar="OUT")
+    ],
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            "--devices",
+            help="so many of those here, virtual ones on a CPU; else all",
+            min=2,
+            metavar="NUMBER",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="20 seconds, and coarser")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
+    debug: Debug = False,
+) -> int:
+    """Measure the devices here, and write a cluster file to plan with."""
+    del debug
+    from autoshard.calibration import calibrate, check_file
+    from autoshard.virtual_devices import first_devices
+
+    check_file(out, force)
+    with progress("measuring") as tell:
+        found = calibrate(first_devices(devices), out=out, force=force, quick=quick, progress=tell)
+    show(cli_tables.calibrated_text(out, found))
+    return 0
+
+
 @app.command("clusters")
 @_command
 def clusters_command(
@@ -304,7 +336,7 @@ def clusters_command(
 
 def _plan(
     target: str,
-    cluster: str | None,
+    cluster: str | Cluster | None,
     mesh: str | None,
     hint: list[str] | None,
     solver: str,
@@ -315,7 +347,7 @@ def _plan(
     from cost_models.cluster import cluster as read_cluster
 
     # Before the target is loaded: it is quick.
-    hardware = None if cluster is None else read_cluster(cluster)
+    hardware = read_cluster(cluster) if isinstance(cluster, str) else cluster
     axes, hints = _mesh(mesh), _hints(hint)
     fn, args = load(target)
     from autoshard.api import plan

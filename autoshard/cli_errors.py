@@ -23,7 +23,15 @@ NO_PLAN, USER, OURS = 1, 2, 3
 # Sentences that are meant for the user. Those in modules that are slow to import go by name.
 _MEANT = (TargetError, ClusterError, HintConflict, HintError, MeshError, PlanError, OSError)
 _MEANT_BY_NAME = frozenset(
-    {"NoFeasiblePlan", "HintUnmet", "DevicesError", "NoCompiler", "CompilerRefused", "NotSharded"}
+    {
+        "CalibrationError",
+        "CompilerRefused",
+        "DevicesError",
+        "HintUnmet",
+        "NoCompiler",
+        "NoFeasiblePlan",
+        "NotSharded",
+    }
 )
 # Where plain ValueErrors and TypeErrors are sentences for the user too.
 _CHECKS = frozenset({"api.py", "jit_options.py", "units.py"})

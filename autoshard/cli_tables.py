@@ -152,6 +152,22 @@ def _any_size(name: str) -> Cluster:
     return cluster(f"{name}:{slices if dims > 1 else ''}{'x'.join('1' * dims)}")
 
 
+def calibrated_text(file: Path, found: Cluster) -> str:
+    """What was measured, and how to plan with it."""
+    chip, wires = found.chip, found.network[-1]
+    rows = [(f"{d} products", f"{format_flops(rate)}/s") for d, rate in chip.peak_flops.items()]
+    rows += [
+        ("elementwise", f"{format_flops(chip.vector_flops)}/s"),
+        ("memory bandwidth", _rate(chip.hbm_bandwidth)),
+        ("memory", format_bytes(chip.hbm_bytes)),
+        ("wires", f"{_rate(wires.bandwidth)}, {format_seconds(wires.latency)} a step, "
+         f"{format_seconds(wires.startup)} a collective"),
+    ]  # fmt: skip
+    head = f"{file}: {found.devices} devices of kind {chip.name}, each while all are busy"
+    how = f"autoshard plan TARGET --cluster {file}:{found.devices}"
+    return "\n".join([head, "", *columns(rows, "ll", "  "), "", how])
+
+
 def cluster_text(spec: str) -> str:
     """One cluster: what its file says, every number beside its source. Raises ClusterError."""
     name, head = spec, []

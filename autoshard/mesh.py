@@ -27,7 +27,7 @@ def device_mesh(mesh: Mesh, devices: Sequence[Any] | None) -> jax.sharding.Mesh:
 
     TPU devices are put in the order of their place in the torus, as the cost model assumes.
     """
-    found = _checked(jax.devices() if devices is None else devices)
+    found = checked_devices(jax.devices() if devices is None else devices)
     if len(found) < mesh.devices:
         raise DevicesError(
             f"the plan's mesh {mesh} needs {mesh.devices} devices, but only {len(found)} are here; "
@@ -47,7 +47,7 @@ def lowering_platform(device: Any) -> str:
     return "rocm" if "rocm" in version.lower() else "cuda"
 
 
-def _checked(devices: Any) -> list[Any]:
+def checked_devices(devices: Any) -> list[Any]:
     """The devices in a list; DevicesError for what is no device, and for one given twice."""
     found = list(np.asarray(devices, dtype=object).flat)
     for d in found:

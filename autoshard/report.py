@@ -41,7 +41,8 @@ def head(plan: Plan) -> list[str]:
     cost, chip = plan.cost, plan.cluster["chip"]
     devices = plan.mesh_axes.devices
     limit = format_bytes(plan.memory_limit)
-    step = bar([cost.compute_time, cost.comm_time], cost.step_time, "#-")
+    waits = cost.step_time - cost.compute_time
+    step = bar([cost.compute_time, waits], cost.step_time, "#-")
     room = bar([cost.peak_memory], plan.memory_limit, "#")
     rate = cost.flops / cost.step_time if cost.step_time else 0.0
     lines = [
@@ -50,7 +51,13 @@ def head(plan: Plan) -> list[str]:
         (
             "step",
             f"{format_seconds(cost.step_time):>8}  {step}  {format_seconds(cost.compute_time)} "
-            f"compute (#), {format_seconds(cost.comm_time)} communication (-)",
+            f"compute (#), {format_seconds(waits)} waiting (-)",
+        ),
+        (
+            "overlap",
+            f"{format_seconds(cost.comm_time)} of communication; a step takes "
+            f"{format_seconds(cost.bounds[0])} with all of it hidden, "
+            f"{format_seconds(cost.bounds[1])} with none",
         ),
         (
             "memory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import TYPE_CHECKING
 
 from autoshard.columns import columns
@@ -12,7 +13,7 @@ from cost_models.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from autoshard.auditing import Audit
-    from autoshard.compiled import Found
+    from autoshard.compiled import Found, Profile
     from autoshard.verification import Seen, Verification
 
 _MOST_SEEN, _MOST_SURPRISES, _MOST_UNSEEN = 12, 5, 4
@@ -97,8 +98,14 @@ def table(v: Verification) -> list[str]:
         _row("communication", p.comm_time, c.comm, format_seconds),
         _row("sent", p.comm_bytes, c.sent, format_bytes),
         _row("step", p.step_time, c.step, format_seconds),
+        _row("  all overlapped", p.bounds[0], _bound(c, max), format_seconds),
+        _row("  none overlapped", p.bounds[1], _bound(c, add), format_seconds),
     ]
     return columns([("", "predicted", "compiled", "error"), *rows], "lrrr", "  ")
+
+
+def _bound(c: Profile, of: Callable[[float, float], float]) -> float | None:
+    return None if c.compute is None else of(c.compute, c.comm)
 
 
 def _row(

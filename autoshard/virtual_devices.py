@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -53,7 +54,20 @@ def prepare_compiler(spec: str | None) -> Cluster:
     return hardware
 
 
-def _ask_for(count: int) -> None:
+def first_devices(count: int | None) -> list[Any]:
+    """So many of the devices jax has, virtual ones on a CPU (None: all); raises DevicesError."""
+    if count is not None:
+        _ask_for(count, only_cpu=False)
+    found: list[Any] = jax.devices()
+    if count is not None and len(found) < count:
+        raise DevicesError(
+            f"here are {len(found)} devices of kind {found[0].platform}, not {count}; for virtual "
+            "ones of this machine's processor set JAX_PLATFORMS=cpu"
+        )
+    return found[:count]
+
+
+def _ask_for(count: int, only_cpu: bool = True) -> None:
     """Tell jax to make so many CPU devices; it listens only before its first look at devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     if re.search(_FLAG, flags):
@@ -64,4 +78,5 @@ def _ask_for(count: int) -> None:
     except RuntimeError:
         os.environ["XLA_FLAGS"] = flags  # too late; whether there are enough is seen later
     else:
-        jax.config.update("jax_platforms", "cpu")
+        if only_cpu:
+            jax.config.update("jax_platforms", "cpu")

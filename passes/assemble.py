@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from passes.compiler_options import compiler_options
+from passes.compiler import compiler_options, sums_whole
 from passes.constraints import constraints, reshards
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import (
@@ -26,10 +26,11 @@ from passes.ir.plan import (
     fingerprint,
     signature_of,
 )
-from passes.ir.sharding import Sharding
-from passes.op_cost import op_seconds
+from passes.ir.sharding import PARTIAL, Sharding
+from passes.op_cost import OpCost
+from passes.overlap import waited
 from passes.price import Priced
-from passes.reshard import Step, reshard_seconds, reshard_sent, steps
+from passes.reshard import Step, reshard_seconds, reshard_sent, steps, waited_seconds
 from passes.solve.problem import Solution
 from passes.strategies import (
     NOWHERE,
@@ -41,7 +42,10 @@ from passes.strategies import (
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One value changed from one sharding to another: for an operand of op, or after a result."""
+    """One value changed from one sharding to another: for an operand of op, or after a result.
+
+    nbytes: of the whole value, as it is sent. waited: the share of a gather that a step waits for.
+    """
 
     op: int
     side: str
@@ -52,6 +56,8 @@ class Change:
     shared: int
     moves: tuple[Step, ...]
     trips: float
+    nbytes: float
+    waited: float
 
 
 def value_axes(priced: Priced, choice: Sequence[int]) -> tuple[Axes, ...]:
@@ -80,15 +86,22 @@ def changes(
 ) -> tuple[Change, ...]:
     """Every reshard, in program order; a shared copy's counts once, at its first reader."""
     graph, sizes = priced.graph, priced.mesh.sizes
+    whole_sums = sums_whole(priced.cluster.platform)
+    platform = priced.cluster.platform
     out: list[Change] = []
     made: set[int] = set()
 
-    def add(op: Op, side: str, k: int, v: int, f: Axes, t: Axes, shared: int = -1) -> None:
-        moves = steps(f, t, sizes) if f != t else ()
+    def add(
+        op: Op, side: str, k: int, v: int, f: Axes, t: Axes, narrow: bool, shared: int = -1
+    ) -> None:
+        moves = steps(f, t, sizes, whole_sums) if f != t else ()
         assert moves is not None, f"{op.name} can not get value {v} from {f} to {t}"
         if f != t:
             trips = graph.trips(op.region)
-            out.append(Change(op.id, side, k, v, f, t, shared, moves, trips))
+            nbytes = _sent_bytes(priced, side, v, f, narrow)
+            hides = side != "result" and v in priced.early
+            share = waited(platform, trips) if hides else 1.0
+            out.append(Change(op.id, side, k, v, f, t, shared, moves, trips, nbytes, share))
 
     for op in graph.ops:
         wants, gives = priced.layouts.of(op.rule, chosen[op.id])
@@ -101,13 +114,22 @@ def changes(
                 through = priced.meanings[copy].choices[choice[copy]]
                 if copy not in made:
                     made.add(copy)
-                    add(op, "copy", k, v, have, through, copy)
+                    add(op, "copy", k, v, have, through, copy in priced.narrow, copy)
                 have = through
-            add(op, "operand", k, v, have, wants[k], copy)
+            add(op, "operand", k, v, have, wants[k], (op.id, k) in priced.fusion.kept.narrow, copy)
         for k, v in enumerate(op.outputs):
             if graph.values[v].type.size > 1:
-                add(op, "result", k, v, gives[k], values[v])
+                add(op, "result", k, v, gives[k], values[v], False)
     return tuple(out)
+
+
+def _sent_bytes(priced: Priced, side: str, v: int, source: Axes, narrow: bool) -> float:
+    """Bytes of a whole value as it is sent: summands as they are made, to a narrow reader half."""
+    if PARTIAL not in source:
+        return priced.fusion.kept.sent(v, narrow)
+    if side == "result":
+        return priced.graph.values[v].type.nbytes
+    return priced.fusion.kept.of_value[v]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +151,17 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         begin, end = live.spans[value.id]
         if begin < end:
             axes = values[value.id]
-            size = local_bytes(value.type.nbytes, axes, priced)
+            size = local_bytes(priced.fusion.kept.of_value[value.id], axes, priced)
             yield Held(begin, end, size, value.id, axes, False)
     last: dict[int, int] = {}
     for (op, _), copy in priced.copies.items():
         last[copy] = max(last.get(copy, 0), op)
     for c in changed:
-        if c.side == "result" or not live.stored[c.value]:
+        sent = any(m.kind != "slice" for m in c.moves)
+        if c.side == "result" or not (sent or live.stored[c.value]):
             continue
         end = last[c.shared] if c.side == "copy" else c.op
-        size = local_bytes(graph.values[c.value].type.nbytes, c.target, priced)
+        size = local_bytes(c.nbytes, c.target, priced)
         yield Held(c.op, end + 1, size, c.value, c.target, True)
 
 
@@ -156,7 +179,7 @@ def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change
     return float(memory(priced, held(priced, values, changed)).max(initial=0.0))
 
 
-def local_bytes(nbytes: int, axes: Axes, priced: Priced) -> float:
+def local_bytes(nbytes: float, axes: Axes, priced: Priced) -> float:
     """Bytes one device holds of a value with this sharding."""
     return math.ceil(nbytes / Sharding(axes).shards(priced.mesh.sizes))
 
@@ -180,19 +203,17 @@ def read_back(priced: Priced, choice: Sequence[int]) -> Answer:
 def _seconds(priced: Priced, chosen: Sequence[Strategy]) -> tuple[float, ...]:
     """Compute seconds per step of every operation; like operations are priced once."""
     graph, known = priced.graph, {}
+    cost = OpCost(graph, priced.fusion, priced.mesh, priced.cluster, priced.links, priced.layouts)
     trips = [graph.trips(r.id) for r in graph.regions]
     out = []
     for op, strategy in zip(graph.ops, chosen, strict=True):
         if op.is_link:
             out.append(0.0)
             continue
-        counted = priced.reads[op.id]
-        key = (id(op.rule), strategy, counted)
+        traffic = priced.fusion.traffic[op.id]
+        key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass)
         if key not in known:
-            known[key] = op_seconds(
-                graph, op, strategy, priced.layouts, priced.mesh, priced.cluster, priced.links,
-                counted,
-            )  # fmt: skip
+            known[key] = cost.seconds(op, strategy)
         out.append(known[key] * trips[op.region])
     return tuple(out)
 
@@ -204,11 +225,11 @@ def cost_of(priced: Priced, choice: Sequence[int]) -> Cost:
 
 def _cost(priced: Priced, answer: Answer) -> Cost:
     graph, sizes = priced.graph, priced.mesh.sizes
-    comm = sent = 0.0
+    comm = exposed = sent = 0.0
     for c in answer.changes:
-        nbytes = graph.values[c.value].type.nbytes
-        comm += reshard_seconds(c.moves, nbytes, priced.links) * c.trips
-        sent += reshard_sent(c.moves, nbytes, sizes) * c.trips
+        comm += reshard_seconds(c.moves, c.nbytes, priced.links) * c.trips
+        exposed += waited_seconds(c.moves, c.nbytes, priced.links, c.waited) * c.trips
+        sent += reshard_sent(c.moves, c.nbytes, sizes) * c.trips
     compute = sum(answer.seconds)
     flops = sum(
         op.rule.flops / parts(s, sizes) * graph.trips(op.region)
@@ -216,7 +237,7 @@ def _cost(priced: Priced, answer: Answer) -> Cost:
         if op.rule.flops
     )
     return Cost(
-        step_time=compute + comm,
+        step_time=compute + exposed,
         compute_time=compute,
         comm_time=comm,
         peak_memory=peak_memory(priced, answer.values, answer.changes),
@@ -313,8 +334,8 @@ def moves_of(priced: Priced, op: Op, change: Change) -> list[Move]:
         Move(
             kind=s.kind,
             axes=(priced.mesh.names[s.axis],),
-            nbytes=s.larger * value.type.nbytes,
-            seconds=reshard_seconds([s], value.type.nbytes, priced.links),
+            nbytes=s.larger * change.nbytes,
+            seconds=reshard_seconds([s], change.nbytes, priced.links),
             source=op.source,
             value=what,
             trips=change.trips,

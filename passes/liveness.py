@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from passes.ir.graph import Graph, Op
 
-# How many operations away a reader may be for XLA to compute the value again inside it. A guess at
-# how long forward and backward of one layer part lie from each other; costs nothing but memory.
-_REACH = 64
-# Made from nothing or from less: never kept, at any distance.
-_FREE = frozenset({"broadcast_in_dim", "iota"})
+# What XLA does in place: a part of an operand is overwritten.
+_UPDATES = frozenset(
+    {"dynamic_update_slice", "scatter", "scatter-add", "scatter_mul", "scatter_max"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,13 @@ class Liveness:
     steps: int
 
 
-def liveness(graph: Graph, aliases: Sequence[tuple[int, int]] = ()) -> Liveness:
-    """Life of every value; aliases are (donated input, output) pairs that share a buffer."""
+def liveness(
+    graph: Graph, has_memory: Sequence[bool], aliases: Sequence[tuple[int, int]] = ()
+) -> Liveness:
+    """Life of every value. has_memory: those that XLA does not compute inside their readers.
+
+    aliases: (donated input, output) pairs that share a buffer.
+    """
     steps = len(graph.ops) + 1
     begin, end, home = _made(graph)
     for op in graph.ops:
@@ -40,12 +44,10 @@ def liveness(graph: Graph, aliases: Sequence[tuple[int, int]] = ()) -> Liveness:
     kept.update(v for v in graph.inputs if v not in graph.donated)  # the caller keeps them
     for v in (*graph.outputs, *kept):
         end[v] = steps
-    stored = _stored(graph)
-    for op in reversed(graph.ops):  # what is computed again keeps its operands alive
-        for v in op.outputs:
-            if not stored[v] and not op.is_link:
-                for u in op.inputs:
-                    end[u] = max(end[u], end[v])
+    stored = list(has_memory)
+    _computed_again(graph, stored, end)
+    for op in graph.ops:
+        _work_in_place(graph, op, stored, home, end)
     for given, result in aliases:
         end[given] = steps
         if result != given:
@@ -68,6 +70,30 @@ def _made(graph: Graph) -> tuple[list[int], list[int], list[int]]:
     return begin, end, home
 
 
+def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> None:
+    """What is computed inside its readers keeps its operands alive."""
+    for op in reversed(graph.ops):
+        for v in op.outputs:
+            if not stored[v] and not op.is_link:
+                for u in op.inputs:
+                    end[u] = max(end[u], end[v])
+
+
+def _work_in_place(
+    graph: Graph, op: Op, stored: Sequence[bool], home: Sequence[int], end: list[int]
+) -> None:
+    """The result takes the place of an operand that nobody reads any more."""
+    if not (op.rule.fuses or op.name in _UPDATES) or op.is_link:
+        return
+    for result in op.outputs:
+        nbytes = graph.values[result].type.nbytes
+        for v in op.inputs if stored[result] else ():
+            dies = stored[v] and end[v] == op.id + 1 and home[v] == op.region
+            if dies and graph.values[v].type.nbytes == nbytes:
+                end[v] = op.id
+                break
+
+
 def _last_read(graph: Graph, op: Op, home: int) -> int:
     """One past the time of a read: the end of the outermost loop between the read and the home."""
     last = op.id + 1
@@ -78,37 +104,3 @@ def _last_read(graph: Graph, op: Op, home: int) -> int:
             last = max(last, r.end)
         region = r.parent
     return last
-
-
-def _stored(graph: Graph) -> list[bool]:
-    """Values that XLA keeps in memory: all but those fused into every one of their readers."""
-    producers = graph.producers()
-    stored = [v.kind != "literal" for v in graph.values]
-    consumers = graph.consumers()
-    outputs = set(graph.outputs)
-    for value in graph.values:
-        v = value.id
-        if producers[v] < 0 or v in outputs:
-            continue
-        maker = graph.ops[producers[v]]
-        if maker.name in ("loop_enter", "scan_slice", "region_enter", "region_exit"):
-            stored[v] = maker.name == "scan_slice"
-        elif maker.name == "loop_next":
-            stored[v] = True
-        elif maker.rule.fuses:
-            far = not _FREE.issuperset((maker.name,)) and any(
-                c - maker.id > _REACH for c, _ in consumers[v]
-            )
-            stored[v] = far or not all(_fuses_in(graph.ops[c]) for c, _ in consumers[v])
-    return stored
-
-
-def _fuses_in(op: Op) -> bool:
-    """Whether XLA would compute an operand inside this reader: elementwise chains, reductions."""
-    if op.is_link:
-        return op.name == "region_exit"
-    return op.rule.fuses or (
-        bool(op.rule.factors)
-        and any(f.kind == "reduction" for f in op.rule.factors)
-        and len(op.inputs) == 1
-    )

@@ -19,13 +19,16 @@ import numpy as np
 
 from cost_models.cluster import Cluster
 from cost_models.topology import AxisLink, lay
+from passes.compiler import sums_whole
 from passes.decisions import CARRIES, Decisions, DimMap, Group
+from passes.fusion import Fusion
 from passes.hints import HintError
 from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
-from passes.op_cost import counted_reads, op_seconds
+from passes.op_cost import OpCost
+from passes.overlap import early, waited
 from passes.reshard_table import PICO, ReshardTable
 from passes.solve.problem import Costs, Edge, Node, Problem, Use
 from passes.strategies import (
@@ -66,6 +69,8 @@ class Priced:
     that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
     constant: seconds that no choice changes. only: per group its sole choice where it has no node.
     layouts: what strategies want and make, as far as it was asked.
+    narrow: copies that are sent as narrow readers want them. early: values that are there long
+    before they are read.
     """
 
     graph: Graph
@@ -81,9 +86,11 @@ class Priced:
     owner: tuple[int, ...]
     tables: tuple[tuple[Strategy, ...], ...]
     copies: Mapping[tuple[int, int], int]
-    reads: tuple[frozenset[int], ...]
+    fusion: Fusion
     constant: float
     layouts: Layouts
+    narrow: frozenset[int]
+    early: frozenset[int]
 
 
 def price(
@@ -92,13 +99,14 @@ def price(
     cluster: Cluster,
     decisions: Decisions,
     live: Liveness,
+    fusion: Fusion,
     limit: float | None,
 ) -> Priced:
     """Build the problem of one graph on one mesh. limit: bytes per device, None for none.
 
     Raises HintUnmet where a hard hint leaves a value without any sharding.
     """
-    return _Pricer(graph, mesh, cluster, decisions, live).build(limit)
+    return _Pricer(graph, mesh, cluster, decisions, live, fusion).build(limit)
 
 
 class HintUnmet(HintError):
@@ -107,7 +115,13 @@ class HintUnmet(HintError):
 
 class _Pricer:
     def __init__(
-        self, graph: Graph, mesh: Mesh, cluster: Cluster, decisions: Decisions, live: Liveness
+        self,
+        graph: Graph,
+        mesh: Mesh,
+        cluster: Cluster,
+        decisions: Decisions,
+        live: Liveness,
+        fusion: Fusion,
     ) -> None:
         self.graph, self.mesh, self.cluster = graph, mesh, cluster
         self.decisions, self.live = decisions, live
@@ -122,10 +136,13 @@ class _Pricer:
         self.cache: dict[Any, Any] = {}
         self.copies: dict[tuple[int, int], int] = {}
         self.layouts = Layouts(mesh.sizes)
-        self.table = ReshardTable(mesh.sizes, self.links)
+        self.fusion, self.kept = fusion, fusion.kept
+        self.narrow: set[int] = set()
+        self.early = early(graph)
+        self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
+        self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
-        self.reads = counted_reads(graph, decisions, live)
 
     # nodes
 
@@ -176,9 +193,11 @@ class _Pricer:
             tuple(owners),
             tuple(tables),
             self.copies,
-            self.reads,
+            self.fusion,
             self.constant,
             self.layouts,
+            frozenset(self.narrow),
+            self.early,
         )
 
     def group_choices(self, group: Group) -> tuple[Axes, ...]:
@@ -223,7 +242,7 @@ class _Pricer:
                 span = self.live.spans[v]
                 if span[0] >= span[1]:
                     continue
-                nbytes = self.graph.values[v].type.nbytes
+                nbytes = self.kept.of_value[v]
                 usage = self.usage(self.choices_of(group.id), mapping, nbytes)
                 if node >= 0 and v in arguments:
                     self.costs[node] += usage * _ARGUMENT
@@ -301,7 +320,6 @@ class _Pricer:
 
     def add_copy(self, v: int, node: int, near: list[tuple[int, int]]) -> None:
         group = self.decisions.groups[self.decisions.group_of[v]]
-        value = self.graph.values[v]
         axes = self.member_axes(self.choices_of(group.id), group.members[v])
         shape = tuple(group.shape[m] if m >= 0 else 1 for m in group.members[v])
         key = ("copy choices", shape)
@@ -313,7 +331,12 @@ class _Pricer:
         label = f"copy of {_label(self.graph, self.producers, group)}"
         copy = self.node(Meaning("copy", v, choices), label)
         region = self.graph.ops[near[0][0]].region
-        matrix = self.table.matrix(axes, choices, value.type.nbytes, self.trips[region])
+        if self.kept.narrow.issuperset(near):
+            self.narrow.add(copy)
+        whole = self.kept.of_value[v]
+        nbytes = self.kept.sent(v, copy in self.narrow)
+        share = self.waited_share(v, self.trips[region])
+        matrix = self.table.matrix(axes, choices, nbytes, self.trips[region], whole, share)
         self.place(matrix, node, copy)
         for reader in near:
             self.copies[reader] = copy
@@ -374,8 +397,9 @@ class _Pricer:
         )
 
     def compute(self, op: Op, table: tuple[Strategy, ...]) -> Costs:
-        counted = self.reads[op.id]
-        key = ("compute", id(op.rule), id(table), counted, self.trips[op.region])
+        traffic = self.fusion.traffic[op.id]
+        once = op.id in self.kept.one_pass
+        key = ("compute", id(op.rule), id(table), id(traffic), self.trips[op.region], once)
         if key not in self.cache:
             if op.is_link:
                 self.cache[key] = np.zeros(len(table))
@@ -383,16 +407,16 @@ class _Pricer:
                 known: dict[Strategy, float] = {}
                 for s in table:
                     if s not in known:
-                        known[s] = op_seconds(
-                            self.graph, op, s, self.layouts, self.mesh, self.cluster, self.links,
-                            counted,
-                        )  # fmt: skip
+                        known[s] = self.op_cost.seconds(op, s)
                 trips = self.trips[op.region] * PICO
                 self.cache[key] = np.array([known[s] for s in table]) * trips
         out: Costs = self.cache[key]
         return out
 
     # edges
+
+    def waited_share(self, v: int, trips: float) -> float:
+        return waited(self.cluster.platform, trips) if v in self.early else 1.0
 
     def member_axes(self, choices: tuple[Axes, ...], mapping: DimMap) -> tuple[Axes, ...]:
         """Choices of a group as shardings of one member."""
@@ -424,12 +448,15 @@ class _Pricer:
             node, axes = copy, self.meanings[copy].choices
         else:
             axes = self.member_axes(self.choices_of(group), self.decisions.groups[group].members[v])
-        nbytes = self.graph.values[v].type.nbytes
+        whole = self.kept.of_value[v]
         trips = self.trips[op.region]
         if side == "operand":
-            matrix = self.table.matrix(axes, wants, nbytes, trips)
+            nbytes = self.kept.sent(v, (op.id, k) in self.kept.narrow)
+            share = self.waited_share(v, trips)
+            matrix = self.table.matrix(axes, wants, nbytes, trips, whole, share)
         else:
-            matrix = self.table.matrix(wants, axes, nbytes, trips)
+            whole = self.graph.values[v].type.nbytes  # made, and summed, as it is
+            matrix = self.table.matrix(wants, axes, self.kept.of_value[v], trips, whole)
         self.place(matrix, *((node, owner) if side == "operand" else (owner, node)))
 
     def place(self, matrix: Costs, u: int, v: int) -> None:

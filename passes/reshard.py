@@ -60,10 +60,30 @@ class Step:
         return max(self.before, self.after)
 
 
-def steps(source: Axes, target: Axes, sizes: tuple[int, ...]) -> tuple[Step, ...] | None:
-    """The moves from one sharding to another on a mesh of these sizes; None if there is no way."""
+def steps(
+    source: Axes, target: Axes, sizes: tuple[int, ...], whole_sums: bool = False
+) -> tuple[Step, ...] | None:
+    """The moves from one sharding to another on a mesh of these sizes; None if there is no way.
+
+    whole_sums: a sum is made whole on every device, also where each keeps but a part of it.
+    """
     found = _route(*_numbered(source, target)[0], sizes)
-    return None if found is None else found[0]
+    if found is None:
+        return None
+    return _summed_whole(found[0]) if whole_sums and PARTIAL in source else found[0]
+
+
+@lru_cache(maxsize=1 << 12)
+def _summed_whole(moves: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The moves with an all-reduce and a slice for each reduce-scatter."""
+    out: list[Step] = []
+    for s in moves:
+        if s.kind == "reduce_scatter":
+            out.append(Step("all_reduce", s.axis, s.before, s.before))
+            out.append(Step("slice", s.axis, s.before, s.after))
+        else:
+            out.append(s)
+    return tuple(out)
 
 
 def path(source: Axes, target: Axes, sizes: tuple[int, ...]) -> tuple[Axes, ...]:
@@ -164,6 +184,18 @@ def reshard_seconds(moves: Sequence[Step], nbytes: float, links: Sequence[AxisLi
     """Seconds for these moves of a value of so many bytes in all."""
     return sum(
         seconds(s.kind, s.larger * nbytes, links[s.axis]) for s in moves if s.kind != "slice"
+    )
+
+
+def waited_seconds(
+    moves: Sequence[Step], nbytes: float, links: Sequence[AxisLink], waited: float
+) -> float:
+    """Seconds that a step waits for these moves. waited: the share of a gather it waits for."""
+    return sum(
+        seconds(s.kind, s.larger * nbytes, links[s.axis])
+        * (waited if s.kind == "all_gather" else 1.0)
+        for s in moves
+        if s.kind != "slice"
     )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_models.topology import AxisLink
-from passes.reshard import Axes, Step, reshard_seconds, steps
+from passes.ir.sharding import PARTIAL
+from passes.reshard import Axes, Step, steps, waited_seconds
 from passes.solve.problem import INFINITY, Costs
 
 PICO = 1e12  # picoseconds in a second
@@ -26,25 +27,40 @@ _UNKNOWN = -1
 class ReshardTable:
     """Reshard costs on one mesh, in picoseconds."""
 
-    def __init__(self, sizes: tuple[int, ...], links: Sequence[AxisLink]) -> None:
-        self._sizes, self._links = sizes, links
+    def __init__(
+        self, sizes: tuple[int, ...], links: Sequence[AxisLink], whole_sums: bool = False
+    ) -> None:
+        self._sizes, self._links, self._whole_sums = sizes, links, whole_sums
         self._shardings: dict[Axes, int] = {}
         self._sequences: dict[tuple[Step, ...] | None, int] = {}
         self._between = np.full((64, 64), _UNKNOWN, np.intp)  # numbers of shardings to a sequence's
         self._lists: dict[int, tuple[Numbers, object]] = {}
-        self._once: dict[float, Costs] = {}
+        self._once: dict[tuple[float, float], Costs] = {}
         self._steps: dict[Step | None, int] = {}
         self._by_step = np.zeros((0, 0), np.intp)  # [sequence, place]: number of the step
-        self._matrices: dict[tuple[int, int, float, float], Costs] = {}
+        self._matrices: dict[tuple[int, int, float, float, float, float], Costs] = {}
 
     def matrix(
-        self, source: tuple[Axes, ...], target: tuple[Axes, ...], nbytes: float, trips: float
+        self,
+        source: tuple[Axes, ...],
+        target: tuple[Axes, ...],
+        nbytes: float,
+        trips: float,
+        whole: float,
+        waited: float = 1.0,
     ) -> Costs:
-        """Picoseconds from every source to every target sharding, `trips` times a step."""
-        key = (id(source), id(target), nbytes, trips)
+        """Picoseconds from every source to every target sharding, `trips` times a step.
+
+        whole: bytes of a value that is partial; its summands are sent as they are. waited: the
+        share of a gather that a step waits for.
+        """
+        key = (id(source), id(target), nbytes, trips, whole, waited)
         if key not in self._matrices:
             sequences = self._found(self._numbers(source), self._numbers(target))
-            once = self._picoseconds(nbytes)[sequences]
+            once = self._picoseconds(nbytes, waited)[sequences]
+            if whole != nbytes:
+                partial = np.array([PARTIAL in axes for axes in source])
+                once[partial] = self._picoseconds(whole, waited)[sequences[partial]]
             self._matrices[key] = np.where(once < INFINITY, np.round(once * trips), INFINITY)
         return self._matrices[key]
 
@@ -77,17 +93,17 @@ class ReshardTable:
         n = len(self._sizes)
         sequences = []
         for pair in pairs[first].tolist():
-            moves = steps(tuple(pair[:n]), tuple(pair[n:]), self._sizes)
+            moves = steps(tuple(pair[:n]), tuple(pair[n:]), self._sizes, self._whole_sums)
             sequences.append(self._sequences.setdefault(moves, len(self._sequences)))
         return np.array(sequences, np.intp)[which]
 
-    def _picoseconds(self, nbytes: float) -> Costs:
-        """Per sequence its time for a value of this many bytes."""
-        known = self._once.get(nbytes)
+    def _picoseconds(self, nbytes: float, waited: float) -> Costs:
+        """Per sequence what a step waits for a value of this many bytes."""
+        known = self._once.get((nbytes, waited))
         if known is None or len(known) < len(self._sequences):
             self._learn()
-            times = np.array([self._step_seconds(s, nbytes) for s in self._steps])
-            self._once[nbytes] = known = times[self._by_step].sum(axis=1) * PICO
+            times = np.array([self._step_seconds(s, nbytes, waited) for s in self._steps])
+            self._once[nbytes, waited] = known = times[self._by_step].sum(axis=1) * PICO
         return known
 
     def _learn(self) -> None:
@@ -102,10 +118,10 @@ class ReshardTable:
         rest = self._steps.setdefault(_NOTHING, len(self._steps))
         self._by_step = np.array([[*r, *[rest] * (longest - len(r))] for r in rows], np.intp)
 
-    def _step_seconds(self, step: Step | None, nbytes: float) -> float:
+    def _step_seconds(self, step: Step | None, nbytes: float, waited: float) -> float:
         if step is None:
             return INFINITY
-        return reshard_seconds([step], nbytes, self._links)
+        return waited_seconds([step], nbytes, self._links, waited)
 
 
 _NO_WAY = (None,)

@@ -20,6 +20,7 @@ from passes.assemble import assemble, cost_of
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
 from passes.decisions import Decisions, decide
+from passes.fusion import Fusion, fuse
 from passes.hints import HintError
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
@@ -58,6 +59,7 @@ class Setting:
     limit: float
     decisions: Decisions
     live: Liveness
+    fusion: Fusion
     state: tuple[tuple[int, int], ...]
 
 
@@ -79,6 +81,7 @@ def search(
     None for the cluster's. Raises NoFeasiblePlan, and HintError when hints fit none of the meshes.
     """
     limit = cluster.memory_limit if memory_limit is None else memory_limit
+    fusion = fuse(graph, cluster.platform)
     tied = replace(graph, ties=(*graph.ties, *state))
     setting = Setting(
         graph,
@@ -86,7 +89,8 @@ def search(
         tuple(hints),
         limit,
         decide(tied, hints),
-        liveness(graph, [p for p in state if p[0] in graph.donated]),
+        liveness(graph, fusion.stored, [p for p in state if p[0] in graph.donated]),
+        fusion,
         tuple(state),
     )
     batch = find_batch(graph, [p[0] for p in state])
@@ -165,7 +169,13 @@ def _enter(
     """One mesh priced, with the baselines on it; HintError where a hint does not fit it."""
     anchors(setting.graph, mesh, setting.hints)  # its words are the clearest
     priced = price(
-        setting.graph, mesh, setting.cluster, setting.decisions, setting.live, setting.limit
+        setting.graph,
+        mesh,
+        setting.cluster,
+        setting.decisions,
+        setting.live,
+        setting.fusion,
+        setting.limit,
     )
     if solver != "ilp":
         choice = baseline(solver, priced, setting.hints, batch)

@@ -108,6 +108,7 @@ def _without_hints(priced: Priced, choice: Sequence[int], group: int) -> tuple[P
         priced.cluster,
         decisions,
         priced.live,
+        priced.fusion,
         priced.problem.limit,
     )
     before = {(m.kind, m.index): n for n, m in enumerate(priced.meanings)}

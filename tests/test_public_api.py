@@ -14,8 +14,9 @@ import pytest
 
 import autoshard
 
-NAMES = {"Cluster", "OPEN", "Plan", "annotate", "audit", "cluster", "parallelize", "plan"}
-COMMANDS = {"plan", "run", "compare", "explain", "verify", "audit", "clusters"}
+NAMES = {"Cluster", "OPEN", "Plan", "annotate", "audit", "calibrate", "cluster"}
+NAMES |= {"parallelize", "plan"}
+COMMANDS = {"plan", "run", "compare", "explain", "verify", "audit", "calibrate", "clusters"}
 
 
 def parameters(function: Callable[..., Any]) -> str:

@@ -34,8 +34,9 @@ class PlanError(ValueError):
 class Cost:
     """What a plan is predicted to cost on every device, for one run of the function.
 
-    step_time, compute_time, comm_time: seconds. peak_memory: bytes. comm_bytes: bytes sent by one
-    device. flops: FLOP done by one device.
+    step_time, compute_time, comm_time: seconds; a step takes its compute, and the communication
+    that does not run beside it. peak_memory: bytes. comm_bytes: bytes sent by one device. flops:
+    FLOP done by one device.
     """
 
     step_time: float
@@ -44,6 +45,11 @@ class Cost:
     peak_memory: float
     comm_bytes: float
     flops: float
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Seconds of a step if all communication ran beside compute, and if none did."""
+        return max(self.compute_time, self.comm_time), self.compute_time + self.comm_time
 
 
 @dataclass(frozen=True, slots=True)

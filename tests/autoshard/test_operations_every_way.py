@@ -22,6 +22,8 @@ from autoshard.same_numbers import difference
 from cost_models.cluster import cluster
 from passes.assemble import assemble
 from passes.decisions import decide
+from passes.fusion import fuse
+from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
 from passes.price import Priced, price
@@ -123,12 +125,18 @@ def some_choice(priced: Priced, rng: random.Random) -> list[int]:
     return choice
 
 
+def price_all(graph: Graph) -> Priced:
+    fusion = fuse(graph, "cpu")
+    live = liveness(graph, fusion.stored)
+    return price(graph, MESH, cluster("cpu:8"), decide(graph), live, fusion, None)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers(name: str) -> None:
     fn, args = CASES[name]
     traced = _traced(fn, args, {}, {})
     graph = traced.graph
-    priced = price(graph, MESH, cluster("cpu:8"), decide(graph), liveness(graph), None)
+    priced = price_all(graph)
     expected = np.asarray(jax.jit(fn)(*args))
     rng, tried = random.Random(name), 0
     while tried < (5 if "convolution" in name or "row" in name else 3):

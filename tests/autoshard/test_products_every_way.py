@@ -21,6 +21,8 @@ from autoshard.trace import Traced
 from cost_models.cluster import cluster
 from passes.assemble import assemble
 from passes.decisions import decide
+from passes.fusion import fuse
+from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
 from passes.price import Priced, price
@@ -41,11 +43,17 @@ def product(x: Any, w: Any) -> Any:
 EXPECTED = np.einsum("bik,bkj->bij", X, W)
 
 
+def price_all(graph: Graph) -> Priced:
+    fusion = fuse(graph, "cpu")
+    live = liveness(graph, fusion.stored)
+    return price(graph, MESH, cluster("cpu:8"), decide(graph), live, fusion, None)
+
+
 @pytest.fixture(scope="module")
 def priced() -> tuple[Traced, Priced]:
     traced = _traced(product, (X, W), {}, {})
     graph = traced.graph
-    return traced, price(graph, MESH, cluster("cpu:8"), decide(graph), liveness(graph), None)
+    return traced, price_all(graph)
 
 
 def choice_of(priced: Priced, made: tuple[Any, ...], kept: tuple[int, ...]) -> list[int]:

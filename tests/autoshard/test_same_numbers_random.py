@@ -32,6 +32,7 @@ from autoshard.trace import Traced
 from passes.assemble import assemble, cost_of
 from passes.baselines import BASELINES
 from passes.decisions import decide
+from passes.fusion import fuse
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
 from passes.price import Priced, price
@@ -302,9 +303,10 @@ PROGRAMS = st.lists(
 
 def priced_on(traced: Traced, mesh: Mesh) -> Priced:
     graph, state = traced.graph, state_pairs(traced)
-    live = liveness(graph, [p for p in state if p[0] in graph.donated])
+    fusion = fuse(graph, CLUSTER.platform)
+    live = liveness(graph, fusion.stored, [p for p in state if p[0] in graph.donated])
     tied = replace(graph, ties=(*graph.ties, *state))
-    return price(graph, mesh, CLUSTER, decide(tied, graph.hints), live, None)
+    return price(graph, mesh, CLUSTER, decide(tied, graph.hints), live, fusion, None)
 
 
 def random_choice(priced: Priced, rng: random.Random, sweeps: int = 2) -> list[int]:
@@ -416,7 +418,7 @@ def test_a_plans_time_is_what_the_problem_says(
     entries = len(problem.nodes) + len(problem.edges) + len(priced.graph.ops)
     predicted = problem.cost(choice) / 1e12 + priced.constant
     assert cost.step_time == pytest.approx(predicted, abs=entries * 2e-12)
-    assert cost.step_time == pytest.approx(cost.compute_time + cost.comm_time)
+    assert cost.compute_time <= cost.step_time <= cost.bounds[1] * (1 + 1e-9)
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)

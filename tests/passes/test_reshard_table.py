@@ -31,7 +31,7 @@ def test_a_matrix_holds_what_each_change_costs(
     )
     for _ in range(2):  # the second time some sequences are known, and new ones come
         source, target = (tuple(data.draw(shardings)) for _ in range(2))
-        matrix = table.matrix(source, target, nbytes, trips)
+        matrix = table.matrix(source, target, nbytes, trips, nbytes)
         for i, f in enumerate(source):
             for j, t in enumerate(target):
                 moves = steps(f, t, sizes)
@@ -48,7 +48,7 @@ def test_many_axes_are_told_apart_too() -> None:
     links = lay(cluster("h100:32x8"), sizes)
     random = np.random.default_rng(0)
     axes = tuple({tuple(row) for row in random.integers(-1, 7, (40, 8)).tolist()})
-    matrix = ReshardTable(sizes, links).matrix(axes, axes, 1e6, 1.0)
+    matrix = ReshardTable(sizes, links).matrix(axes, axes, 1e6, 1.0, 1e6)
     for i, f in enumerate(axes[:8]):
         for j, t in enumerate(axes):
             moves = steps(f, t, sizes)

@@ -1,7 +1,7 @@
-"""Which of XLA's options does a plan want for its program?  Chosen by rule, and kept in the plan.
+"""What does a platform's compiler make of a plan?  Its options, chosen by rule, and its habits.
 
-Only options that make the program what it was priced as: they are given to `Lowered.compile`, and
-hold for one program.
+A plan keeps the options that make the program what it was priced as: they are given to
+`Lowered.compile`, and hold for one program.
 """
 
 from __future__ import annotations
@@ -24,3 +24,12 @@ def compiler_options(cluster: Cluster) -> Mapping[str, str]:
     if cluster.platform == "tpu":
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": _NEVER_MIB}
     return {}
+
+
+def sums_whole(platform: str) -> bool:
+    """Whether a scattered sum is made as an all-reduce, of which each device keeps its part.
+
+    XLA:TPU makes every sum so, also the one that `jax.lax.psum_scatter` asks for: on 16 devices of
+    v5e, v5p and v6e, products of 1024 to 8192 columns (jax 0.10.2, libtpu 0.0.42.1).
+    """
+    return platform == "tpu"
