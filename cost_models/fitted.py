@@ -24,6 +24,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Elements of a row of a tile, on every TPU: jax-ml.github.io/scaling-book/tpus
+LANES = 128
+
 # What is no loop over an array, and has a price per element of its own.
 MOVES = ("concatenate", "cumulative")
 

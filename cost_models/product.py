@@ -20,11 +20,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cost_models.cluster import Chip
-from cost_models.fitted import Fitted
+from cost_models.fitted import LANES, Fitted
 from cost_models.roofline import compute_seconds, peak_flops
 from cost_models.vector import kernel_seconds
-
-_LANES = 128  # elements of a row of a tile, on every TPU: jax-ml.github.io/scaling-book/tpus
 
 
 def product_seconds(
@@ -114,8 +112,8 @@ def conv_seconds(
     if (result_dtype or dtype) not in ("float32", "int32"):
         memory += results * f.product_narrow
     # A row of lanes is filled up; channels of less than a quarter of one share it among taps.
-    wide = _up(channels, _LANES if 4 * channels >= _LANES else _LANES // 4)
-    flops = 2.0 * positions * _up(features, _LANES) * taps * wide
+    wide = _up(channels, LANES if 4 * channels >= LANES else LANES // 4)
+    flops = 2.0 * positions * _up(features, LANES) * taps * wide
     return f.product_start + max(flops / (matrix_rate(chip, dtype) * f.conv_efficiency), memory)
 
 

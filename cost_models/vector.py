@@ -16,10 +16,11 @@ the chain reads, writes what is kept of it, and starts once. `kernel_seconds` pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from cost_models.cluster import Chip
+from cost_models.fitted import LANES
 
 # Operations of the vector unit per element, by the name of jax's primitive; one where not listed.
 # They are how much XLA:TPU's cycles grow with one more of it in a chain on v5e, in quarters of a
@@ -40,6 +41,11 @@ _MOVES: Mapping[str, str] = {
 # Bytes up to which a lone operation is no dearer than a fused one: XLA:TPU works on it at once.
 _AT_ONCE = 6 * 2**20
 
+# How much longer memory takes for tiles of fewer than 8 rows, by their rows: cycles that XLA:TPU
+# counts on v5e for 2 x + y and x z of 2^24 float32, in tiles of 8, 4, 2 and 1 rows of 128 (0.0455,
+# 0.0625, 0.0803 and 0.1197 per element; jax 0.10.2, libtpu 0.0.42.1).
+_SHORT: Mapping[int, float] = {8: 1.0, 4: 1.37, 2: 1.77, 1: 2.63}
+
 _WIDE = frozenset({"float32", "int32", "uint32", "float64", "int64", "uint64", "complex64"})
 _REDUCTIONS = frozenset({"argmax", "argmin"})
 
@@ -51,12 +57,13 @@ def kernel_seconds(
     wide: bool,
     work: float = 0.0,
     alone: bool = False,
+    rows: int = 8,
 ) -> float:
     """Seconds of one kernel that loops over an array of so many elements.
 
     moved_bytes: all that it reads from and writes to memory. wide: whether it writes a whole array
     of 32-bit elements. work: seconds of arithmetic, the sum of `work_seconds` over its chain.
-    alone: whether it is a single operation, and no chain.
+    alone: whether it is a single operation, and no chain. rows: of a tile, see `tile_rows`.
     """
     f = chip.fitted
     if f is None:
@@ -64,7 +71,25 @@ def kernel_seconds(
     each = f.element if wide else f.element + f.narrow
     if alone and moved_bytes > _AT_ONCE:
         each += f.alone
-    return f.start + max(work, moved_bytes / f.stream + elements * each)
+    memory = moved_bytes / f.stream * _SHORT[rows]
+    return f.start + max(work, memory + elements * each * 8 / rows)
+
+
+def tile_rows(shape: Sequence[int]) -> int:
+    """Rows of 128 in a tile of an array with these sizes on one device: 8, or fewer if need be.
+
+    XLA:TPU lays two dims on tiles: the last two where the last fills rows of 128, or else whichever
+    waste least. Where neither dim but the one along the rows has 8, tiles are shorter, and the
+    vector unit is less than full.
+
+    >>> tile_rows((4096, 64)), tile_rows((4096, 4)), tile_rows((512, 2, 128)), tile_rows((64,))
+    (8, 4, 2, 8)
+    """
+    sizes = [n for n in shape if n > 1]
+    if len(sizes) < 2:
+        return 8
+    second = sizes[-2] if sizes[-1] % LANES == 0 else sorted(sizes)[-2]
+    return min(8, 1 << (second - 1).bit_length())
 
 
 def work_seconds(chip: Chip, primitive: str, elements: float) -> float:

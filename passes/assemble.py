@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from passes.compiler import compiler_options, sums_whole
-from passes.constraints import constraints, reshards
+from passes.constraints import asked
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import (
     Axes,
@@ -253,6 +253,7 @@ def assemble(
     graph = priced.graph
     answer = read_back(priced, solution.choice)
     values = answer.values
+    wanted = asked(priced, solution.choice, values, answer.strategies)
     signature = signature_of(graph)
     return Plan(
         name=graph.name,
@@ -271,8 +272,8 @@ def assemble(
             for v, name in zip(graph.outputs, graph.output_names, strict=True)
         ),
         ops=_op_plans(priced, answer),
-        values=constraints(priced, values),
-        reshards=reshards(priced, solution.choice, values, answer.strategies),
+        values=wanted.values,
+        reshards=wanted.reshards,
         donated=tuple(i for i, v in enumerate(graph.inputs) if v in graph.donated),
         notes=(*graph.notes, *notes),
         compiler_options=compiler_options(priced.cluster),

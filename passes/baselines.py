@@ -7,7 +7,7 @@ choice per node of the Problem: so it is a point of the search space, priced by 
   dp         the batch split over every axis (Goyal et al., arXiv 1706.02677)
   fsdp       and every other input split along its longest dim (ZeRO-3, arXiv 1910.02054; FSDP)
   tp         weights split by columns, then by rows, then by columns (Megatron, arXiv 1909.08053;
-             Redco's two rules, arXiv 2310.16355)
+             Redco's two rules, arXiv 2310.16355), over the last axis; the batch over the others
   fsdp+tp    fsdp over the first axis, tp over the last
 """
 
@@ -92,7 +92,8 @@ def _fsdp(graph: Graph, mesh: Mesh, batch: Sequence[int]) -> list[Hint]:
 
 
 def _tp(graph: Graph, mesh: Mesh, batch: Sequence[int]) -> list[Hint]:
-    return megatron(graph, mesh, mesh.names[-1], batch)
+    *others, last = mesh.names
+    return _batch_hints(graph, batch, mesh, tuple(others)) + megatron(graph, mesh, last, batch)
 
 
 def _fsdp_tp(graph: Graph, mesh: Mesh, batch: Sequence[int]) -> list[Hint]:

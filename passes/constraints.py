@@ -3,13 +3,17 @@
 A value gets a constraint where a decision begins; what is tied to it follows. Where an operation
 wants an operand otherwise than its value is, or makes a result otherwise, the shardings on the way
 are asked for one after the other, so that XLA's partitioner makes the moves that were priced.
+
+A product whose result is only transposed is asked for its sharding behind the transpose: XLA:TPU
+makes one kernel of the two, but not across a constraint (jax 0.10.2, libtpu 0.0.42.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from passes.ir.graph import Op
+from passes.ir.graph import Graph, Op
 from passes.ir.plan import Axes, Reshard
 from passes.ir.rule import Dim, Rule
 from passes.ir.sharding import BROADCAST, PARTIAL
@@ -18,7 +22,58 @@ from passes.reshard import path
 from passes.strategies import Strategy, divides
 
 
-def constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ...]:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """values: per value the sharding it is constrained to, None where it follows from others.
+
+    reshards: of operands, and of results that are made otherwise than they are kept.
+    """
+
+    values: tuple[Axes | None, ...]
+    reshards: tuple[Reshard, ...]
+
+
+def asked(
+    priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
+) -> Asked:
+    """What the lowering asks of XLA. values: of every value its sharding; chosen: strategies."""
+    found = {(r.op, r.operand): r for r in _reshards(priced, choice, values, chosen)}
+    constrained = _constrained(priced, values)
+    for op, transpose in _transposed(priced.graph, values, found):
+        to = transpose.params["permutation"]
+        if constrained[op.outputs[0]] is not None:
+            constrained[op.outputs[0]] = None
+            constrained[transpose.outputs[0]] = values[transpose.outputs[0]]
+        made = found.pop((op.id, len(op.inputs)), None)
+        if made is not None:
+            way = tuple(_permuted(axes, to) for axes in made.path)
+            found[transpose.id, 1] = Reshard(transpose.id, 1, way)
+    return Asked(tuple(constrained), tuple(found[key] for key in sorted(found)))
+
+
+def _transposed(
+    graph: Graph, values: Sequence[Axes], found: Mapping[tuple[int, int], Reshard]
+) -> Iterator[tuple[Op, Op]]:
+    """Products, each with the transpose that alone reads its result and does not reshard it."""
+    consumers = graph.consumers()
+    for op in graph.ops:
+        v = op.outputs[0] if op.name == "dot_general" else -1
+        if v < 0 or v in graph.outputs or len(consumers[v]) != 1:
+            continue
+        reader = graph.ops[consumers[v][0][0]]
+        if reader.name != "transpose" or reader.region != op.region:
+            continue
+        same = _permuted(values[v], reader.params["permutation"]) == values[reader.outputs[0]]
+        if same and (reader.id, 0) not in found and (reader.id, 1) not in found:
+            yield op, reader
+
+
+def _permuted(axes: Axes, permutation: Sequence[int]) -> Axes:
+    """The sharding of a transposed value."""
+    return tuple(permutation.index(e) if e >= 0 else e for e in axes)
+
+
+def _constrained(priced: Priced, values: Sequence[Axes]) -> list[Axes | None]:
     """Which values get a constraint: where a decision begins; what is tied to it follows."""
     graph, group_of_value = priced.graph, priced.decisions.group_of
     out: list[Axes | None] = [None] * len(graph.values)
@@ -32,20 +87,18 @@ def constraints(priced: Priced, values: Sequence[Axes]) -> tuple[Axes | None, ..
                 continue
             if v in keep or op.is_link or group_of_value[v] not in groups:
                 out[v] = values[v]
-    return tuple(out)
+    return out
 
 
-def reshards(
+def _reshards(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
-) -> tuple[Reshard, ...]:
+) -> Iterator[Reshard]:
     """What the lowering has to do to operands, and to results made otherwise than they are kept."""
-    out: list[Reshard] = []
     for op in priced.graph.ops:
         wants, gives = priced.layouts.of(op.rule, chosen[op.id])
-        out += _operand_reshards(priced, choice, op, values, wants)
+        yield from _operand_reshards(priced, choice, op, values, wants)
         if not op.is_link:
-            out += _result_reshards(priced, op, values, gives)
-    return tuple(out)
+            yield from _result_reshards(priced, op, values, gives)
 
 
 def _operand_reshards(

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
+from cost_models.fitted import LANES
 from cost_models.product import conv_seconds, fetched_ahead, product_seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink
-from cost_models.vector import kernel_seconds, vector_seconds, work_seconds
-from passes.fusion import PRODUCTS, Fusion, Traffic
+from cost_models.vector import kernel_seconds, tile_rows, vector_seconds, work_seconds
+from passes.fusion import PRODUCTS, Fusion, Traffic, Work
 from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.rule import Rule
@@ -34,12 +35,42 @@ _MOST_TAPS = 128
 _NEAR = 0.3
 
 
-class _Local(NamedTuple):
-    """Of one device: bytes by value that is moved, arithmetic in FLOP and in seconds."""
+# Columns that a table may have for rows to be picked from it as it lies.
+_PICKED = 32
 
-    moved: list[float]
+# How often a table of more, and of no whole tile, is copied: into tiles for a gather; its gradient
+# and the state that is updated with it, into them and back. Counted in a step of Adagrad on v5e.
+_TABLE_COPIES = {"gather": 1, "scatter-add": 3}
+
+
+class _Local(NamedTuple):
+    """Of one device: bytes moved, arithmetic in FLOP and in seconds, bytes moved by operand."""
+
+    moved: float
     flops: float
     work: float
+    of_operand: list[float]
+
+
+class _Paid(NamedTuple):
+    """What an operation pays for one of its tensors, were it whole on one device.
+
+    tensor: its number, operands first. nbytes: what is moved at any size. near: bytes of values
+    that are not moved where they are small. work: seconds of arithmetic.
+    """
+
+    tensor: int
+    nbytes: float
+    near: tuple[float, ...]
+    work: float
+
+
+class _Facts(NamedTuple):
+    """What no strategy changes of an operation."""
+
+    paid: tuple[_Paid, ...]
+    idle: bool  # it does nothing that takes time
+    halos: frozenset[int]  # factors
 
 
 class OpCost:
@@ -57,54 +88,63 @@ class OpCost:
         self.graph, self.fusion, self.layouts = graph, fusion, layouts
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
         self.near = _NEAR * cluster.chip.fitted.vmem if cluster.chip.fitted else 0.0
-        self.whole_work: dict[tuple[int, int], float] = {}  # by traffic and tensor
+        self.known: dict[tuple[int, int], _Facts] = {}  # by rule and traffic
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def seconds(self, op: Op, strategy: Strategy) -> float:
         """Seconds of one run of an operation under a strategy."""
         traffic = self.fusion.traffic[op.id]
-        local = self._local(op, traffic, strategy)
+        facts = self._facts(op, traffic)
+        if facts.idle:
+            return 0.0
+        local = self._local(op, facts, strategy)
         if op.name == "dot_general":
             time = self._product(op, traffic, strategy, local)
         elif op.name == "conv_general_dilated":
             time = self._convolution(op, traffic, strategy, local)
         elif op.name in PRODUCTS:
-            moved = sum(local.moved)
-            time = compute_seconds(self.chip, local.flops, moved, self._dtype(op), True)
+            time = compute_seconds(self.chip, local.flops, local.moved, self._dtype(op), True)
         else:
             time = self._elements(op, traffic, strategy, local)
-        return time + self._halo(op, strategy)
+        return time + self._halo(op, strategy) if facts.halos else time
 
-    def _local(self, op: Op, traffic: Traffic, strategy: Strategy) -> _Local:
+    def _facts(self, op: Op, traffic: Traffic) -> _Facts:
+        key = id(op.rule), id(traffic)
+        if key not in self.known:
+            paid = []
+            for k, (moved, work) in enumerate(zip(traffic.moved, traffic.work, strict=True)):
+                if moved or work:
+                    far = sum(n for n, near in moved if not near)
+                    near = tuple(n for n, near in moved if near)
+                    paid.append(_Paid(k, far, near, self._work(work)))
+            halos = frozenset(f for f, factor in enumerate(op.rule.factors) if factor.halo)
+            runs = op.name in PRODUCTS or not (op.rule.fuses or _reduces(op))
+            idle = not (paid or halos or runs or traffic.kernels)
+            self.known[key] = _Facts(tuple(paid), idle, halos)
+        return self.known[key]
+
+    def _local(self, op: Op, facts: _Facts, strategy: Strategy) -> _Local:
         ins, outs = self.layouts.of(op.rule, strategy)
-        moved: list[float] = []
-        work = 0.0
-        for k, axes in enumerate((*ins, *outs)):
-            if traffic.moved[k] or traffic.work[k]:
-                shards = _shards(axes, self.sizes)
-                moved += [
-                    n / shards
-                    for n, passes_by in traffic.moved[k]
-                    if not passes_by or n > self.near * shards
-                ]
-                work += self._work(traffic, k) / shards
+        of_operand = [0.0] * len(ins)
+        total = work = 0.0
+        for paid in facts.paid:
+            at = paid.tensor
+            shards = _shards(ins[at] if at < len(ins) else outs[at - len(ins)], self.sizes)
+            moved = paid.nbytes + sum(n for n in paid.near if n > self.near * shards)
+            if at < len(ins):
+                of_operand[at] = moved / shards
+            total += moved / shards
+            work += paid.work / shards
         split = parts(strategy, self.sizes)
         if op.rule.moved is not None and not op.rule.fuses:  # it does not touch all of its tensors
-            moved.append(op.rule.moved / split)
-        return _Local(moved, op.rule.flops / split, work)
+            total += op.rule.moved / split
+        return _Local(total, op.rule.flops / split, work, of_operand)
 
-    def _work(self, traffic: Traffic, k: int) -> float:
-        """Seconds of arithmetic on elements for tensor k, were it whole on one device."""
-        key = id(traffic), k
-        if key not in self.whole_work:
-            total = 0.0
-            for name, _, elements, flops in traffic.work[k]:
-                if self.chip.fitted is None:
-                    total += flops / self.chip.vector_flops
-                else:
-                    total += work_seconds(self.chip, name, elements)
-            self.whole_work[key] = total
-        return self.whole_work[key]
+    def _work(self, work: Work) -> float:
+        """Seconds of arithmetic on elements."""
+        if self.chip.fitted is None:
+            return sum(flops for _, _, _, flops in work) / self.chip.vector_flops
+        return sum(work_seconds(self.chip, name, elements) for name, _, elements, _ in work)
 
     def _dtype(self, op: Op) -> str:
         """What a product multiplies: bfloat16 where its operands are kept so for it."""
@@ -118,12 +158,8 @@ class OpCost:
     def _product(self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local) -> float:
         batch, m, n, k = self._sizes(op.rule, strategy)
         chip, dtype = self.chip, self._dtype(op)
-        moved = sum(local.moved)
-        operands = [sum(n for n, _ in values) for values in traffic.moved[:2]]
-        if chip.fitted is not None:
-            ins, _ = self.layouts.of(op.rule, strategy)
-            sizes = [x / _shards(a, self.sizes) for x, a in zip(operands, ins, strict=True)]
-            moved -= fetched_ahead(chip, local.flops, dtype, moved, sizes)
+        ahead = fetched_ahead(chip, local.flops, dtype, local.moved, local.of_operand[:2])
+        moved = local.moved - ahead
         out = "float32" if traffic.wide else "bfloat16"
         time = product_seconds(chip, batch, m, n, k, dtype, moved, out)
         return max(time, local.work)
@@ -147,7 +183,7 @@ class OpCost:
         return batch, m, n, k
 
     def _convolution(self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local) -> float:
-        moved, dtype = sum(local.moved), self._dtype(op)
+        moved, dtype = local.moved, self._dtype(op)
         numbers = op.params["dimension_numbers"]
         right, out = (self.graph.values[v].type for v in (op.inputs[1], op.outputs[0]))
         features, channels, *window = (right.shape[d] for d in numbers["rhs_spec"])
@@ -170,14 +206,15 @@ class OpCost:
 
     def _elements(self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local) -> float:
         """Reductions, chains of operations on elements, and whatever is neither."""
-        moved, chip = sum(local.moved), self.chip
+        moved, chip = local.moved, self.chip
         if not op.rule.fuses and not _reduces(op):
             elements = max(self._elements_of(op, strategy), default=0.0)
             dtype = self.graph.values[(op.outputs or op.inputs)[0]].type.dtype
             if chip.fitted is None:
                 time = compute_seconds(chip, local.flops, moved, dtype, False)
                 return time + chip.kernel_latency
-            return max(local.work, vector_seconds(chip, op.name, elements, moved, dtype, True))
+            time = vector_seconds(chip, op.name, elements, moved, dtype, True)
+            return max(local.work, time) + self._laid_anew(op, strategy)
         if not traffic.kernels:  # it runs in another's kernel
             rate = chip.fitted.stream if chip.fitted else chip.hbm_bandwidth * chip.hbm_efficiency
             return max(moved / rate, local.work)
@@ -187,7 +224,37 @@ class OpCost:
             )
         elements = max(self._elements_of(op, strategy), default=0.0)
         alone = sum(map(len, traffic.work)) == 1
-        return kernel_seconds(chip, elements, moved, traffic.wide, local.work, alone)
+        rows = self._rows(op, strategy)
+        return kernel_seconds(chip, elements, moved, traffic.wide, local.work, alone, rows)
+
+    def _rows(self, op: Op, strategy: Strategy) -> int:
+        """Rows of a tile of its largest tensor, as one device has it."""
+        ins, outs = self.layouts.of(op.rule, strategy)
+        tensors = zip((*op.inputs, *op.outputs), (*ins, *outs), strict=True)
+        v, axes = max(tensors, key=lambda t: self.graph.values[t[0]].type.size)
+        return tile_rows(self._local_shape(v, axes))
+
+    def _local_shape(self, v: int, axes: Axes) -> list[int]:
+        shape = list(self.graph.values[v].shape)
+        for d, n in zip(axes, self.sizes, strict=True):
+            if d > BROADCAST:
+                shape[d] //= n
+        return shape
+
+    def _laid_anew(self, op: Op, strategy: Strategy) -> float:
+        """Seconds to copy a table into rows of whole tiles and back, for those who pick rows of it.
+
+        XLA:TPU lays a table of few columns with its rows along the lanes, and picks from it so up
+        to a width of 32; a wider one, below 128, is copied (seen on v5e with widths of 4 to 128).
+        """
+        copies = _TABLE_COPIES.get(op.name, 0)
+        if not copies or len(self.graph.values[op.inputs[0]].shape) != 2:
+            return 0.0
+        rows, width = self._local_shape(op.inputs[0], self.layouts.of(op.rule, strategy)[0][0])
+        if not _PICKED < width < LANES or rows < LANES:
+            return 0.0
+        moved = rows * (width + LANES) * self.graph.values[op.inputs[0]].type.bits / 8
+        return copies * kernel_seconds(self.chip, rows * width, moved, True, alone=True)
 
     def _elements_of(self, op: Op, strategy: Strategy) -> list[float]:
         ins, outs = self.layouts.of(op.rule, strategy)

@@ -286,9 +286,9 @@ def _factorisations(n: int, count: int, least: int) -> list[tuple[int, ...]]:
 
 
 def _natural(solver: str, meshes: Sequence[Mesh]) -> list[Mesh]:
-    """The meshes an expert would use a baseline on: one axis, or two for fsdp+tp."""
-    want = 2 if solver == "fsdp+tp" else 1
-    found = [m for m in meshes if len([s for s in m.sizes if s > 1]) == want]
+    """The meshes an expert would use a baseline on: one axis, two for fsdp+tp, either for tp."""
+    want = {"tp": (1, 2), "fsdp+tp": (2,)}.get(solver, (1,))
+    found = [m for m in meshes if len([s for s in m.sizes if s > 1]) in want]
     return found or list(meshes)
 
 
