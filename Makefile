@@ -38,10 +38,12 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --no-header -q -s -o python_files="bench_*.py" tests/benchmarks $(ARGS)
 
-# Predictions against the real compilers: minutes for each program.
+# Predictions against the real compilers, and docs/accuracy.md: minutes for each plan that is new.
+# What was compiled before is only predicted again:  make accuracy ARGS="--known"
 accuracy: $(INSTALLED)
 	PYTHONPATH=.:examples:tests/accuracy JAX_PLATFORMS=cpu ALLOW_MULTIPLE_LIBTPU_LOAD=true \
 	    $(BIN)/python tests/accuracy/collect.py $(ARGS)
+	PYTHONPATH=.:examples:tests/accuracy $(BIN)/python tests/accuracy/accuracy_report.py
 
 # Plans against what experts write by hand, by the TPU's compiler: a minute or more for each version.
 experts: $(INSTALLED)

@@ -1,8 +1,9 @@
 """Which dim of which inputs is the batch?  The one whose split reaches the most FLOPs.
 
 The inputs asked are those that are no state (no result takes their place). A candidate's split is
-followed forwards through the rules; what it reaches counts with its FLOPs. Other inputs that the
-split reaches backwards (labels, masks) belong to the same batch.
+followed forwards through the rules; an operation whose result it splits counts with its FLOPs. One
+that sums over it does not: so do the rows of a weight, of a function that returns no new weights.
+Other inputs that the split reaches backwards (labels, masks) belong to the same batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.propagate import propagate
 
-_MOST = 16  # candidates looked at
+_MOST = 16  # candidates looked at, of different types
 
 
 def find_batch(graph: Graph, state: Sequence[int]) -> tuple[int, ...]:
@@ -26,9 +27,14 @@ def find_batch(graph: Graph, state: Sequence[int]) -> tuple[int, ...]:
         for v in graph.inputs
         if v not in state and graph.values[v].shape and graph.values[v].shape[0] > 1
     ]
+    alike: dict[tuple[tuple[int, ...], str], int] = {}
+    for v in candidates:  # layers have weights alike
+        alike.setdefault((graph.values[v].shape, graph.values[v].type.dtype), v)
+    # Whole numbers (tokens, labels, ids) first: a weight is none.
+    order = sorted(alike.values(), key=lambda v: "int" not in graph.values[v].type.dtype)
     best = 0.0
     reached: tuple[int, ...] = ()
-    for v in candidates[:_MOST]:
+    for v in order[:_MOST]:
         flops, inputs = _reach(graph, v, candidates)
         if flops > best * 1.001:
             best, reached = flops, inputs
@@ -43,7 +49,7 @@ def _reach(graph: Graph, v: int, candidates: Sequence[int]) -> tuple[float, tupl
     found = propagate(graph, mesh, [hint]).shardings
     total = 0.0
     for op in graph.ops:
-        if any(found[u].axes != (-1,) for u in (*op.inputs, *op.outputs)):
+        if any(found[u].axes[0] >= 0 for u in op.outputs):
             total += op.rule.flops * graph.trips(op.region)
     return total, tuple(u for u in candidates if found[u].axes == (0,))
 

@@ -105,7 +105,7 @@ def collect(key: Key, known: Row | None, keep: Path | None) -> Row:
         "unknown_trips": seen.unknown_trips,
     }
     row["needed"] = found.needed
-    row["versions"] = _versions()
+    row["versions"] = _versions(devices[0].platform)
     row["compile_seconds"] = round(time.perf_counter() - begin, 1)
     return row
 
@@ -115,9 +115,9 @@ def _hash(lowered: Any, options: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _versions() -> dict[str, str]:
+def _versions(platform: str) -> dict[str, str]:
     out = {}
-    for package in ("jax", "libtpu", "jax-cuda12-pjrt"):
+    for package in ("jax", "libtpu" if platform == "tpu" else "jax-cuda12-pjrt"):
         try:
             out[package] = version(package)
         except PackageNotFoundError:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None, tell: Callable[[str], None] = print) -> 
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--solvers", default=",".join(SOLVERS))
     parser.add_argument("--keep", type=Path, default=None, help="a folder for compiled programs")
-    parser.add_argument("--known", action="store_true", help="only predict rows there are, again")
+    parser.add_argument("--known", action="store_true", help="the rows that there are, no others")
     args = parser.parse_args(argv)
     rows = read_rows(args.rows)
     keys = [
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None, tell: Callable[[str], None] = print) -> 
         for name in args.programs.split(",")
         for solver in args.solvers.split(",")
     ]
-    wanted = [key for key in keys if not args.known or key in rows]
+    wanted = sorted(rows) if args.known else keys
     for n, key in enumerate(wanted, 1):
         begin = time.perf_counter()
         rows[key] = collect(key, rows.get(key), args.keep)

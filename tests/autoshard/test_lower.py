@@ -198,6 +198,18 @@ def test_donated_memory_is_counted_once() -> None:
     assert kept.cost.peak_memory == 2 * given.cost.peak_memory
 
 
+def test_a_result_has_its_buffer_from_the_first_step() -> None:
+    wide, narrow = jnp.zeros((32, 512)), jnp.zeros((512, 32))
+    x = jnp.zeros((64, 32))
+
+    def widened_twice(x: Any, wide: Any, narrow: Any) -> Any:
+        return ((x @ wide) @ narrow) @ wide
+
+    plan = autoshard.plan(widened_twice, x, wide, narrow, cluster="cpu:1")
+    one, other, arguments = 64 * 512 * 4, 64 * 32 * 4, sum(v.nbytes for v in (x, wide, narrow))
+    assert plan.cost.peak_memory == arguments + one + other + one, "the first product, and the last"
+
+
 def test_a_training_loop_feeds_itself_without_moving_anything() -> None:
     case = CASES["train_step"]
     step = autoshard.parallelize(case.fn, cluster=EAGER, donate_argnums=0)
