@@ -35,12 +35,13 @@ _MOST_TAPS = 128
 _NEAR = 0.3
 
 
-# Columns that a table may have for rows to be picked from it as it lies.
-_PICKED = 32
+# Rows from which on XLA:TPU picks from a table as it lies; one of fewer is copied into whole tiles.
+_AS_IT_LIES = 2**19
 
-# How often a table of more, and of no whole tile, is copied: into tiles for a gather; its gradient
-# and the state that is updated with it, into them and back. Counted in a step of Adagrad on v5e.
-_TABLE_COPIES = {"gather": 1, "scatter-add": 3}
+# How often memory is passed over for that: once to copy the table for a gather; for its gradient
+# three times to copy it and the state that is updated with it, there and back, once to fill it with
+# zeros and five times to update both. Counted in a step of Adagrad on v5e.
+_PASSES = {"gather": (1, 0), "scatter-add": (3, 6)}
 
 
 class _Local(NamedTuple):
@@ -244,17 +245,20 @@ class OpCost:
     def _laid_anew(self, op: Op, strategy: Strategy) -> float:
         """Seconds to copy a table into rows of whole tiles and back, for those who pick rows of it.
 
-        XLA:TPU lays a table of few columns with its rows along the lanes, and picks from it so up
-        to a width of 32; a wider one, below 128, is copied (seen on v5e with widths of 4 to 128).
+        XLA:TPU lays a table of few columns with its rows along the lanes, without any waste. From
+        one of many rows it picks so. A table of fewer it lays anew, each row in a tile's row, and
+        updates it there: 128 elements for each of the few. (Seen on v5e, tables of 8 to 64 columns
+        and 65536 to 2^21 rows; between 2^18 and 2^19 rows the turn was not looked for.)
         """
-        copies = _TABLE_COPIES.get(op.name, 0)
+        copies, more = _PASSES.get(op.name, (0, 0))
         if not copies or len(self.graph.values[op.inputs[0]].shape) != 2:
             return 0.0
         rows, width = self._local_shape(op.inputs[0], self.layouts.of(op.rule, strategy)[0][0])
-        if not _PICKED < width < LANES or rows < LANES:
+        if not LANES <= rows < _AS_IT_LIES or width >= LANES:
             return 0.0
-        moved = rows * (width + LANES) * self.graph.values[op.inputs[0]].type.bits / 8
-        return copies * kernel_seconds(self.chip, rows * width, moved, True, alone=True)
+        nbytes = rows * self.graph.values[op.inputs[0]].type.bits / 8
+        moved = nbytes * (copies * (LANES + width) + more * (LANES - width))
+        return kernel_seconds(self.chip, 0.0, moved, True)
 
     def _elements_of(self, op: Op, strategy: Strategy) -> list[float]:
         ins, outs = self.layouts.of(op.rule, strategy)

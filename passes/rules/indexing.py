@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from passes.ir.graph import Signature, Type
+from passes.ir.graph import Signature
 from passes.ir.rule import Dim, Rule
 from passes.rules.factors import Factors, is_float
 from passes.rules.registry import rule
@@ -127,7 +127,8 @@ def scatter(s: Signature) -> Rule:
         [operand],
         linear=_scatter_linear(s.name, s.params),
         flops=float(s.operands[2].size) if s.name != "scatter" else 0.0,
-        moved=_scatter_moved(s.operands[0], s.operands[1], s.operands[2], s.name != "scatter"),
+        # Read the updates, read and write their rows: it works in place, on a cache or on zeros.
+        moved=float(3 * s.operands[2].nbytes + s.operands[1].nbytes),
     )
 
 
@@ -139,15 +140,6 @@ def _scatter_linear(name: str, params: Mapping[str, Any]) -> tuple[tuple[int, ..
     if name == "scatter":
         return ((0, 2),) if "update_jaxpr" in params else ()
     return _SCATTER_LINEAR.get(name, ())
-
-
-def _scatter_moved(table: Type, indices: Type, updates: Type, combines: bool) -> float:
-    """Bytes: read the updates, read and write their rows.
-
-    A scatter that combines is nearly always the gradient of a gather; its operand is zero and
-    must be written first. One that overwrites is nearly always a cache updated in place.
-    """
-    return float(3 * updates.nbytes + indices.nbytes + (table.nbytes if combines else 0))
 
 
 @rule("dynamic_slice")
