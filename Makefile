@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint types format bench accuracy experts fit rank wheel-test clean
+.PHONY: demo test lint types format notebooks bench accuracy experts fit rank wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/02_byte_gpt.py
@@ -34,6 +34,10 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Each .ipynb anew from the .py file beside it, with its plots: a minute.
+notebooks: $(INSTALLED)
+	PYTHONPATH=$(CURDIR) $(BIN)/python examples/notebooks/run_notebooks.py $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --no-header -q -s -o python_files="bench_*.py" tests/benchmarks $(ARGS)
