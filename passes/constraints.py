@@ -5,7 +5,9 @@ wants an operand otherwise than its value is, or makes a result otherwise, the s
 are asked for one after the other, so that XLA's partitioner makes the moves that were priced.
 
 A product whose result is only transposed is asked for its sharding behind the transpose: XLA:TPU
-makes one kernel of the two, but not across a constraint (jax 0.10.2, libtpu 0.0.42.1).
+makes one kernel of the two, but not across a constraint (jax 0.10.2, libtpu 0.0.42.1). An
+all-to-all between the two is asked for on the side where the dims that it changes come first:
+XLA:TPU lays an array anew where they do not.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from passes.ir.graph import Graph, Op
+from passes.ir.graph import Op
 from passes.ir.plan import Axes, Reshard
 from passes.ir.rule import Dim, Rule
 from passes.ir.sharding import BROADCAST, PARTIAL
@@ -39,7 +41,7 @@ def asked(
     """What the lowering asks of XLA. values: of every value its sharding; chosen: strategies."""
     found = {(r.op, r.operand): r for r in _reshards(priced, choice, values, chosen)}
     constrained = _constrained(priced, values)
-    for op, transpose in _transposed(priced.graph, values, found):
+    for op, transpose in _transposed(priced, values, chosen, found):
         to = transpose.params["permutation"]
         if constrained[op.outputs[0]] is not None:
             constrained[op.outputs[0]] = None
@@ -52,10 +54,13 @@ def asked(
 
 
 def _transposed(
-    graph: Graph, values: Sequence[Axes], found: Mapping[tuple[int, int], Reshard]
+    priced: Priced,
+    values: Sequence[Axes],
+    chosen: Sequence[Strategy],
+    found: Mapping[tuple[int, int], Reshard],
 ) -> Iterator[tuple[Op, Op]]:
     """Products, each with the transpose that alone reads its result and does not reshard it."""
-    consumers = graph.consumers()
+    graph, consumers = priced.graph, priced.graph.consumers()
     for op in graph.ops:
         v = op.outputs[0] if op.name == "dot_general" else -1
         if v < 0 or v in graph.outputs or len(consumers[v]) != 1:
@@ -63,8 +68,14 @@ def _transposed(
         reader = graph.ops[consumers[v][0][0]]
         if reader.name != "transpose" or reader.region != op.region:
             continue
-        same = _permuted(values[v], reader.params["permutation"]) == values[reader.outputs[0]]
-        if same and (reader.id, 0) not in found and (reader.id, 1) not in found:
+        made = priced.layouts.of(op.rule, chosen[op.id])[1][0]
+        to = reader.params["permutation"]
+        same = _permuted(values[v], to) == values[reader.outputs[0]]
+        pairs = [(a, b) for a, b in zip(made, values[v], strict=True) if a != b]
+        changed = {d for pair in pairs for d in pair}
+        places = [] if PARTIAL in made else [(d, to.index(d)) for d in changed if d >= 0]
+        behind = sum(after for _, after in places) <= sum(before for before, _ in places)
+        if same and behind and (reader.id, 0) not in found and (reader.id, 1) not in found:
             yield op, reader
 
 
