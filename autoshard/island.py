@@ -6,6 +6,8 @@ Seen with jax 0.10.2:
   adds up what all of them have;
 * a scatter of a single update to an array split there writes to wrong places: a device that does
   not hold the place writes back what it holds, and reads that from the array before it was split;
+* a convolution that one axis splits along one of its dims and another along another (the batch and
+  the features) is computed from whole operands, which all devices gather;
 * a Fourier transform of what was resharded has a layout that XLA's CPU backend refuses.
 Such an operation is emitted as a `shard_map` over these other axes, in which each device works on
 its own piece, as the rule says. Axes that split space stay with the partitioner, which sees no
@@ -61,7 +63,8 @@ def island(
     auto = frozenset(n for n, f in zip(mesh.names, strategy, strict=True) if f in space)
     manual = frozenset(mesh.names) - auto
     plain = op.name == "conv_general_dilated" and eqn.params["batch_group_count"] == 1
-    if not planned or not manual or (plain and not auto):
+    along_one = len({f for f in strategy if f != NOWHERE}) == 1
+    if not planned or not manual or (plain and not auto and along_one):
         return bind(eqn, operands)
     ins = [operand_axes(op.rule, k, strategy, mesh.sizes) for k in range(len(operands))]
     outs = [result_axes(op.rule, k, strategy, mesh.sizes) for k in range(len(eqn.outvars))]
