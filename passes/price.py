@@ -3,8 +3,8 @@
 Nodes of the problem:
   group    values that share one sharding; its cost is the compute of the operations anchored on it
   op       an operation that chooses its own strategy
-  copy     one value in another sharding, shared by readers that stand close together, so that a
-           gather wanted by three matmuls is paid once
+  copy     one value in another sharding, shared by its readers in a region, so that a gather wanted
+           by three matmuls is paid once
 Edges carry the reshards between producer and reader. A body's costs count as often as it runs.
 Costs are whole picoseconds, usages bytes per device.
 """
@@ -43,9 +43,6 @@ from passes.strategies import (
 # Picoseconds per byte of an argument on a device: breaks ties for split ones, far below any real
 # cost (HBM takes 300,000 times as long). Whole batches on every device are not free to fill.
 _ARGUMENT = 2.0**-20
-
-# Readers of one value at most this many operations apart share a resharded copy of it.
-_NEAR = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,28 +285,22 @@ class _Pricer:
             several = node >= 0 or bool(self.decisions.groups[group].hints)
             if not several or len(consumers[v]) < 2 or self.decisions.partial[v]:
                 continue
-            for near in self.near_readers(v, group, consumers[v]):
-                self.add_copy(v, node, near)
+            for readers in self.readers_together(group, consumers[v]):
+                self.add_copy(v, node, readers)
 
-    def near_readers(
-        self, v: int, group: int, readers: Sequence[tuple[int, int]]
+    def readers_together(
+        self, group: int, readers: Sequence[tuple[int, int]]
     ) -> list[list[tuple[int, int]]]:
-        """Readers in the same region and close together, that decide for themselves."""
-        out: list[list[tuple[int, int]]] = []
+        """Readers in the same region, that decide for themselves.
+
+        However far apart: XLA makes one gather of two that are alike, and keeps its result.
+        """
+        out: dict[int, list[tuple[int, int]]] = {}
         for c, k in readers:
             op = self.graph.ops[c]
-            if op.is_link or self.anchor_group(op) == group:
-                continue
-            last = out[-1][-1] if out else None
-            if (
-                last is not None
-                and self.graph.ops[last[0]].region == op.region
-                and c - last[0] <= _NEAR
-            ):
-                out[-1].append((c, k))
-            else:
-                out.append([(c, k)])
-        return [near for near in out if len({c for c, _ in near}) > 1]
+            if not op.is_link and self.anchor_group(op) != group:
+                out.setdefault(op.region, []).append((c, k))
+        return [found for found in out.values() if len({c for c, _ in found}) > 1]
 
     def anchor_group(self, op: Op) -> int:
         anchor = self.decisions.anchors[op.id]
@@ -318,7 +309,7 @@ class _Pricer:
         side, k = anchor
         return self.decisions.group_of[(op.inputs if side == "operand" else op.outputs)[k]]
 
-    def add_copy(self, v: int, node: int, near: list[tuple[int, int]]) -> None:
+    def add_copy(self, v: int, node: int, readers: list[tuple[int, int]]) -> None:
         group = self.decisions.groups[self.decisions.group_of[v]]
         axes = self.member_axes(self.choices_of(group.id), group.members[v])
         shape = tuple(group.shape[m] if m >= 0 else 1 for m in group.members[v])
@@ -330,15 +321,15 @@ class _Pricer:
             return
         label = f"copy of {_label(self.graph, self.producers, group)}"
         copy = self.node(Meaning("copy", v, choices), label)
-        region = self.graph.ops[near[0][0]].region
-        if self.kept.narrow.issuperset(near):
+        region = self.graph.ops[readers[0][0]].region
+        if self.kept.narrow.issuperset(readers):
             self.narrow.add(copy)
         whole = self.kept.of_value[v]
         nbytes = self.kept.sent(v, copy in self.narrow)
         share = self.waited_share(v, self.trips[region])
         matrix = self.table.matrix(axes, choices, nbytes, self.trips[region], whole, share)
         self.place(matrix, node, copy)
-        for reader in near:
+        for reader in readers:
             self.copies[reader] = copy
 
     # operations
