@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint types format notebooks bench accuracy experts fit rank wheel-test clean
+.PHONY: demo test lint types format notebooks bench accuracy experts fit rank tables wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/02_byte_gpt.py
@@ -62,6 +62,10 @@ fit: $(INSTALLED)
 # The order of plans by their predictions, and by steps on 8 virtual CPU devices: some ten minutes.
 rank: $(INSTALLED)
 	PYTHONPATH=.:examples JAX_PLATFORMS=cpu $(BIN)/python tests/accuracy/rank_cpu.py $(ARGS)
+
+# Predictions against published step times: some five minutes.
+tables: $(INSTALLED)
+	PYTHONPATH=.:tests/accuracy JAX_PLATFORMS=cpu $(BIN)/python tests/accuracy/published_tables.py $(ARGS)
 
 # The wheel alone, in a fresh environment, with the checkout out of sight.
 WHEEL_VENV := $(CURDIR)/.venv-wheel

@@ -295,6 +295,7 @@ def plan(
     donate_argnums: int | Sequence[int] = (),
     memory_limit: float | str | None = None,
     solver: str = "ilp",
+    fused_attention: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan how to run fn(*args) on a cluster. Nothing is allocated, compiled or run.
@@ -302,13 +303,16 @@ def plan(
     args: pytrees of arrays or jax.ShapeDtypeStruct. cluster: such as "cpu:8" or "tpu-v5e:4x4"; the
     devices jax has when omitted. mesh: axis sizes, or None to search. hints: path glob to
     PartitionSpec. memory_limit: bytes per device, or text such as "12GiB". solver: "ilp",
-    "propagate", "dp", "fsdp", "tp" or "fsdp+tp". A parallelized fn brings its own hints, static and
-    donated arguments.
+    "propagate", "dp", "fsdp", "tp" or "fsdp+tp". fused_attention: price attention as one kernel
+    that never stores its scores, where a program that calls such a kernel is meant; XLA makes none
+    by itself. A parallelized fn brings its own hints, static and donated arguments.
 
     Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, ValueError, TypeError.
     """
     options = {} if donate_argnums == () else {"donate_argnums": donate_argnums}
-    return _plan(fn, args, {}, options, cluster, mesh, hints, memory_limit, solver, progress)
+    return _plan(
+        fn, args, {}, options, cluster, mesh, hints, memory_limit, solver, fused_attention, progress
+    )
 
 
 @contextmanager
@@ -334,6 +338,7 @@ def _plan(
     hints: Hints | None,
     memory_limit: float | str | None,
     solver: str,
+    fused_attention: bool,
     progress: Progress | None,
 ) -> Plan:
     if solver not in SOLVERS:
@@ -357,6 +362,7 @@ def _plan(
             hints=wanted,
             memory_limit=limit,
             state=state_pairs(traced),
+            fused_attention=fused_attention,
         )
         found = again(mesh=fixed, solver=solver, progress=progress)
         return Plan(found.plan, traced, found, again)
@@ -430,6 +436,7 @@ def parallelize(
     static_argnames: str | Sequence[str] | None = None,
     memory_limit: float | str | None = None,
     solver: str = "ilp",
+    fused_attention: bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """Make fn run in parallel: `parallelize(fn, cluster=...)` or `@parallelize(cluster=...)`.
@@ -446,7 +453,10 @@ def parallelize(
     options = {name: given for name, given in named.items() if given not in (None, ())}
 
     def make(step: Parallelized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
-        return _plan(step, args, kwargs, {}, cluster, mesh, hints, memory_limit, solver, progress)
+        return _plan(
+            step, args, kwargs, {}, cluster, mesh, hints, memory_limit, solver, fused_attention,
+            progress,
+        )  # fmt: skip
 
     def wrap(fn: Callable[..., Any]) -> Parallelized:
         return Parallelized(fn, options, hints or {}, make)

@@ -103,6 +103,7 @@ def search_again(plan: Plan, graph: Graph, state: Sequence[tuple[int, int]]) -> 
         memory_limit=plan.memory_limit,
         solver=plan.solver,
         state=state,
+        fused_attention=plan.fused_attention,
     )
 
 

@@ -36,7 +36,8 @@ class Chip:
     hbm_bytes: memory one program may use, in bytes; hbm_total_bytes: all there is.
     hbm_bandwidth: bytes/s by the data sheet. matrix_efficiency, hbm_efficiency: the share of the
     peak that a large operation reaches. kernel_latency: seconds before a kernel does anything.
-    host_bandwidth: bytes/s to and from the host's memory, each; 0 where nobody has said.
+    host_bandwidth: bytes/s to and from the host's memory, each; 0 where nobody has said. cores: of
+    a GPU, what works on a tile of a product at a time; 0 where tiles are not counted.
     fitted: constants of the finer models of `cost_models.product` and `cost_models.vector`.
     """
 
@@ -50,6 +51,7 @@ class Chip:
     matrix_efficiency: float = 1.0
     kernel_latency: float = 0.0
     host_bandwidth: float = 0.0
+    cores: int = 0
     fitted: Fitted | None = None
 
 
@@ -57,21 +59,23 @@ class Chip:
 class Level:
     """One way in which devices, or groups of them, are joined.
 
-    bandwidth: bytes/s in one direction, of one device on a switch, of one link on a torus or of one
-    of the direct wires from each device to each other. efficiency: the share of it that a large
-    collective reaches. latency: seconds of one step to a neighbour. startup: seconds once per
-    collective. max_size: most devices or groups it joins, 0 for no limit. dims: how many sizes of a
-    cluster's shape are its own; 0 for a level that always joins max_size devices, such as the cores
-    of a chip. A torus dim is a ring where its size is wrap_at, and every dim is one where all sizes
-    are multiples of wrap_multiple (0: never).
+    bandwidth: bytes/s in one direction, of one device on a switch, of one link on a torus, of one
+    of the direct wires from each device to each other, or of one of the links that some devices
+    have to some others: links[a][b] of them from device a to device b. efficiency: the share of it
+    that a large collective reaches. latency: seconds of one step to a neighbour. startup: seconds
+    once per collective. max_size: most devices or groups it joins, 0 for no limit. dims: how many
+    sizes of a cluster's shape are its own; 0 for a level that always joins max_size devices, such
+    as the cores of a chip. A torus dim is a ring where its size is wrap_at, and every dim is one
+    where all sizes are multiples of wrap_multiple (0: never).
 
     wire: where NCCL runs the collectives, what it runs over: nvlink, pcie or network. ll_bandwidth:
     bytes/s that its LL protocol reaches at most, 0 for no limit. in_switch: bytes of an array that
-    the switch itself adds up in a second, 0 where it can not.
+    the switch itself adds up in a second, 0 where it can not. filling: seconds until a ring is
+    full.
     """
 
     name: str
-    kind: Literal["switch", "torus", "direct"]
+    kind: Literal["switch", "torus", "direct", "links"]
     bandwidth: float
     latency: float
     startup: float = 0.0
@@ -83,6 +87,11 @@ class Level:
     wire: str = ""
     ll_bandwidth: float = 0.0
     in_switch: float = 0.0
+    filling: float = 0.0
+    links: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "links", tuple(map(tuple, self.links)))
 
     def rings(self, sizes: Sequence[int]) -> tuple[bool, ...]:
         """Per dim of a torus with these sizes whether its ends are joined."""
@@ -244,6 +253,8 @@ def _check_extent(whole: Cluster, level: Level, sizes: tuple[int, ...]) -> None:
         raise ClusterError(
             f"{whole.name}: {level.name} has no dims, so it is always full: give it a max_size"
         )
+    if level.kind == "links" and level != whole.network[-1]:
+        raise ClusterError(f"{whole.name}: {level.name} joins groups; only devices have links")
     if level.max_size and math.prod(sizes) > level.max_size:
         raise ClusterError(
             f"{whole}: {level.name} joins at most {level.max_size} devices, not {math.prod(sizes)}"
@@ -293,5 +304,6 @@ def _chip(data: Mapping[str, Any]) -> Chip:
         matrix_efficiency=data["matrix_efficiency"],
         kernel_latency=data["kernel_latency"],
         host_bandwidth=data["host_bandwidth"],
+        cores=data["cores"],
         fitted=None if data["fitted"] is None else Fitted(**data["fitted"]),
     )

@@ -7,8 +7,9 @@ catalogue. The keys:
     name, platform ("cpu", "gpu", "tpu"), aliases, device_kinds (as `jax.Device.device_kind`), shape
     [chip]              name, hbm_total_GiB, hbm_usable_GiB, hbm_bandwidth_GBps, hbm_efficiency,
                         vector_TFLOPs, matrix_efficiency, kernel_latency_us, and
-                        host_bandwidth_GBps (to the host's memory, one direction); all of one
-                        device, which is half a chip where jax sees two devices on it
+                        host_bandwidth_GBps (to the host's memory, one direction), cores (of a
+                        GPU: see `cost_models.tiles`); all of one device, which is half a chip where
+                        jax sees two devices on it
     [chip.peak_TFLOPs]  bfloat16, float32, int8, ...: of the matrix unit, dense
     [chip.fitted]       where a compiler's estimates were fitted: see `cost_models.fitted`.
                         stream_GBps, start_us, element_ps, narrow_ps, alone_ps,
@@ -16,12 +17,14 @@ catalogue. The keys:
                         conv_efficiency, and the tables efficiency (per dtype, bfloat16 among them)
                         and moves_ps (per kind of move)
     [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
-                        "direct": a wire from each device to each other), bandwidth_GBps (one
-                        direction; of a device on a switch, of one link otherwise), efficiency,
+                        "direct": a wire from each device to each other, or "links": a table,
+                        links, of how many links each device has to each other), bandwidth_GBps
+                        (one direction; of a device on a switch, of one link otherwise), efficiency,
                         latency_us (a step), startup_us (a collective), max_size, dims (0: always
                         full, not written in a shape); of a torus: wrap_at, wrap_multiple; where
                         NCCL runs: wire ("nvlink", "pcie" or "network"), ll_bandwidth_GBps (its LL
-                        protocol's most), in_switch_GBps (of an array that the switch adds up)
+                        protocol's most), in_switch_GBps (of an array that the switch adds up),
+                        filling_us (until a ring is full)
     [compiler]          what XLA's compiler is told of this chip when it compiles without one; by
                         XLA's own names, see `autoshard.targets`. clock_rate_ghz turns its cycles
                         into seconds
@@ -41,6 +44,7 @@ from typing import Any
 
 from cost_models.fitted import MOVES
 
+_KINDS = ("switch", "torus", "direct", "links")
 CATALOGUE = Path(__file__).parent / "clusters"
 
 # What a unit counts in, and how much of it.
@@ -63,7 +67,7 @@ _CHIP: dict[str, tuple[str, Any]] = {
     "hbm_total": ("bytes", ...), "hbm_usable": ("bytes", ...), "hbm_bandwidth": ("bytes/s", ...),
     "hbm_efficiency": ("share", 1.0), "matrix_efficiency": ("share", 1.0),
     "kernel_latency": ("seconds", 0.0), "host_bandwidth": ("bytes/s", 0.0),
-    "fitted": ("table", None),
+    "cores": ("whole", 0), "fitted": ("table", None),
 }  # fmt: skip
 _FITTED: dict[str, tuple[str, Any]] = {
     "stream": ("bytes/s", ...), "start": ("seconds", ...), "element": ("seconds", ...),
@@ -77,7 +81,8 @@ _LEVEL: dict[str, tuple[str, Any]] = {
     "latency": ("seconds", ...), "startup": ("seconds", 0.0), "efficiency": ("share", 1.0),
     "max_size": ("whole", 0), "dims": ("whole", 1), "wrap_at": ("whole", 0),
     "wrap_multiple": ("whole", 0), "wire": ("wire", ""), "ll_bandwidth": ("bytes/s", 0.0),
-    "in_switch": ("bytes/s", 0.0),
+    "in_switch": ("bytes/s", 0.0), "filling": ("seconds", 0.0),
+    "links": ("links", ()),
 }  # fmt: skip
 
 
@@ -102,8 +107,7 @@ def read(path: Path) -> dict[str, Any]:
     if out["chip"]["fitted"] is not None:
         out["chip"]["fitted"] = _fitted(out["chip"]["fitted"], f"{path} [chip.fitted]")
     out["network"] = [
-        _table(level, _LEVEL, f"{path} [[network]] {k + 1}")
-        for k, level in enumerate(out["network"])
+        _level(level, f"{path} [[network]] {k + 1}") for k, level in enumerate(out["network"])
     ]
     return out
 
@@ -131,6 +135,17 @@ def by_device_kind(kind: str) -> str | None:
         if kind in read(CATALOGUE / f"{name}.toml")["device_kinds"]:
             return name
     return None
+
+
+def _level(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One [[network]] table; raises ClusterFileError."""
+    out = _table(data, _LEVEL, where)
+    rows = out["max_size"] if out["kind"] == "links" else 0
+    if len(out["links"]) != rows or (out["kind"] == "links" and not rows):
+        raise ClusterFileError(
+            f"{where}: kind links, and no other, has links: max_size rows of them"
+        )
+    return out
 
 
 def _fitted(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -196,6 +211,10 @@ def _is_list(x: Any, of: type) -> bool:
     return isinstance(x, list) and all(isinstance(e, of) and not isinstance(e, bool) for e in x)
 
 
+def _is_square(x: Any) -> bool:
+    return isinstance(x, list) and all(_is_list(row, int) and len(row) == len(x) for row in x)
+
+
 def _is_plain_table(x: Any) -> bool:
     return isinstance(x, dict) and all(_is_number(v) or isinstance(v, str) for v in x.values())
 
@@ -205,7 +224,8 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "text": (lambda x: isinstance(x, str), "text"),
     "texts": (lambda x: _is_list(x, str), "a list of texts"),
     "platform": (lambda x: x in ("cpu", "gpu", "tpu"), "cpu, gpu or tpu"),
-    "kind": (lambda x: x in ("switch", "torus", "direct"), "switch, torus or direct"),
+    "kind": (lambda x: x in _KINDS, "switch, torus, direct or links"),
+    "links": (lambda x: _is_square(x), "a square table of whole numbers"),
     "wire": (lambda x: x in ("nvlink", "pcie", "network"), "nvlink, pcie or network"),
     "table": (lambda x: isinstance(x, dict), "a table"),
     "plain values": (_is_plain_table, "a table of texts and numbers"),

@@ -22,7 +22,11 @@ from functools import lru_cache
 from cost_models.cluster import Chip
 from cost_models.fitted import LANES, Fitted
 from cost_models.roofline import compute_seconds, peak_flops
+from cost_models.tiles import tile_seconds
 from cost_models.vector import kernel_seconds
+
+# Bytes of an element of a result; four where not listed.
+_WIDTH = {"bfloat16": 2, "float16": 2, "float64": 8}
 
 
 def product_seconds(
@@ -42,6 +46,9 @@ def product_seconds(
     result_dtype: that of the operands where it is not given.
     """
     f = chip.fitted
+    if f is None and chip.cores:
+        written = min(moved_bytes, 1.0 * batch * m * n * _WIDTH.get(result_dtype or dtype, 4))
+        return tile_seconds(chip, batch, m, n, k, dtype, moved_bytes, written)
     if f is None:
         return compute_seconds(chip, 2.0 * batch * m * n * k, moved_bytes, dtype, True)
     return _fitted(chip, f, batch, m, n, k, dtype, moved_bytes, result_dtype or dtype)

@@ -19,6 +19,8 @@ What an axis gets on one level (https://jax-ml.github.io/scaling-book/sharding):
   cards to leave by, so an all-gather over nodes runs at min(NVLink, k * card); an all-to-all cannot
   share cards, since each device's data leave by its own;
 * direct wires from each device to each other: an axis with k devices has k - 1 of them;
+* links that some devices have to some others (the hybrid cube mesh of eight V100): rings take as
+  many as the device of a group with the fewest has inside the group;
 * a torus dim of size n that is wrapped: a ring, both directions at once, 2 * link; an open one:
   link. An axis over several dims uses all their links. Where an axis steps over s devices of a dim,
   s such axes share the same links, and each has a share of 1 / s. So do the cores of one chip,
@@ -102,6 +104,9 @@ def join(cluster: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Axi
         elif level.kind == "direct":
             ways = {math.prod(sizes[a + 1 :]): placed.reach[0][a] for a in axes}
             hops.append(_on_direct(level, whole, now, steps, ways))
+        elif level.kind == "links":
+            groups = _groups(sizes, axes, sizes_here[0])
+            hops.append(_on_links(level, whole, now, steps, groups))
         elif placed.factors and inside == 1:
             hops.append(_on_chip(level, whole, now))
         else:
@@ -263,6 +268,32 @@ def _on_direct(level: Level, whole: int, together: int, steps: int, ways: Mappin
     return Hop(
         level, together, (together - 1) * wire, (together - 1) * wire, whole * wire, wire,
         level.latency, steps * level.latency, wires=tuple((w, x) for w, x in own.items() if x > 0),
+    )  # fmt: skip
+
+
+def _groups(sizes: Sequence[int], axes: Sequence[int], count: int) -> list[list[int]]:
+    """The first `count` devices, those that differ only along these axes together."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for device, place in enumerate(itertools.islice(itertools.product(*map(range, sizes)), count)):
+        rest = tuple(p for axis, p in enumerate(place) if axis not in axes)
+        found.setdefault(rest, []).append(device)
+    return list(found.values())
+
+
+def _on_links(
+    level: Level, whole: int, together: int, steps: int, groups: Sequence[Sequence[int]]
+) -> Hop:
+    """The part of links between some devices, where the group that has the fewest decides.
+
+    Devices that are not linked go through others or the host: half a link's worth, an assumption.
+    """
+    fewest = min(sum(level.links[a][b] for b in group) for group in groups for a in group)
+    link = level.bandwidth * level.efficiency
+    port = max(fewest, 0.5) * link
+    through = (together - 1) / whole
+    return Hop(
+        level, together, port, port, port / through, min(port, link), level.latency,
+        steps * level.latency,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from passes.attention import NONE, Attention
 from passes.ir.graph import Graph, Op
 from passes.stored_bytes import StoredBytes, stored_bytes
 
@@ -27,8 +28,10 @@ PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general
 _MOVES = frozenset(
     {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "transpose"}
 )
-# Links that hand a value on as it is.
-_SAME = frozenset({"loop_enter", "region_enter", "region_exit"})
+# XLA fuses nothing across it: what it is given is kept.
+_BARRIER = "optimization_barrier"
+# What hands a value on as it is.
+_SAME = frozenset({"loop_enter", "region_enter", "region_exit", _BARRIER})
 
 # Roots that read one value are told apart up to this many; more makes no difference.
 _MANY = 8
@@ -50,12 +53,14 @@ class Traffic:
     of each value, and whether it is made and used up by kernels of the program.
     work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
     kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
+    runs: how often a product is multiplied.
     """
 
     moved: tuple[tuple[tuple[float, bool], ...], ...]
     work: tuple[Work, ...]
     kernels: int
     wide: bool
+    runs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +75,21 @@ class Fusion:
     kept: StoredBytes
 
 
-def fuse(graph: Graph, platform: str) -> Fusion:
-    """What this platform's XLA keeps in memory, and the traffic of every operation."""
+def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
+    """What this platform's XLA keeps in memory, and the traffic of every operation.
+
+    inside: attention that a kernel of its own computes; none of its inner values are kept or moved.
+    """
     kept = stored_bytes(graph, platform)
-    fuser = _Fuser(graph, kept.of_value, platform == "tpu").run()
+    fuser = _Fuser(graph, kept.of_value, platform == "tpu", inside).run()
     if platform == "tpu":
         seen_whole = fuser.seen_whole()
         narrower = stored_bytes(graph, platform, seen_whole)
         if narrower.of_value != kept.of_value:
             kept = narrower
-            fuser = _Fuser(graph, kept.of_value, True).run()
-    return Fusion(tuple(fuser.stored), fuser.traffic(), kept)
+            fuser = _Fuser(graph, kept.of_value, True, inside).run()
+    stored = tuple(s and v not in inside.inside for v, s in enumerate(fuser.stored))
+    return Fusion(stored, fuser.traffic(), kept)
 
 
 @dataclass(slots=True)
@@ -110,8 +119,11 @@ class _Kernel:
 
 
 class _Fuser:
-    def __init__(self, graph: Graph, nbytes: Sequence[int], tpu: bool) -> None:
+    def __init__(
+        self, graph: Graph, nbytes: Sequence[int], tpu: bool, attention: Attention
+    ) -> None:
         self.graph, self.nbytes, self.tpu = graph, nbytes, tpu
+        self.attention, self.inside = attention, attention.inside
         self.values, self.consumers = graph.values, graph.consumers()
         self.producers = graph.producers()
         self.results = frozenset(graph.outputs)
@@ -126,6 +138,7 @@ class _Fuser:
         self.last: dict[int, _Kernel] = {}  # what a product's kernel keeps at the end of its chain
         self.made: dict[int, _Kernel] = {}
         self.read: dict[int, _Kernel] = {}
+        self.barred: set[int] = set()  # values that went through a barrier
         self.moved: dict[tuple[int, int], list[tuple[int, float]]] = {}  # (value, bytes)
         self.work: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
         self.kernels: dict[int, int] = {}
@@ -147,6 +160,8 @@ class _Fuser:
         """Whether a reader can compute the maker's result by itself."""
         if op.is_link:
             return op.name in ("region_exit", "scan_stack")
+        if op.name == _BARRIER:
+            return False
         if op.name in PRODUCTS:
             return self.tpu or maker.name in _MOVES or maker.is_link
         return self._fuses(op) or _reduces(op)
@@ -224,6 +239,8 @@ class _Fuser:
         for given, v in zip(op.inputs, op.outputs, strict=False):
             self.stored[v] = False
             self.behind[v] = self._source(given)
+            if op.name == _BARRIER:
+                self.barred.update(self.behind[v].leaves)
             if given in self.inner:
                 self.inner[v] = self.inner[given]
 
@@ -376,11 +393,17 @@ class _Fuser:
         n readers read what is behind it n times; kept, it is computed once, written and read n
         times. XLA:TPU counts less, and computes again far more readily.
         """
-        if not self.could[v]:
+        if not self.could[v] or v in self.inside or not self._taken(v, behind):
             return False
         n = len(self.ends[v])
         kept = (n + 1) * self.nbytes[v] * (_READILY if self.tpu else 1)
         return (n - 1) * sum(behind.leaves.values()) <= kept
+
+    def _taken(self, v: int, behind: _Behind) -> bool:
+        """Whether the products that read a value take all that is behind it into their kernels."""
+        if self.tpu or all(self.graph.ops[c].name not in PRODUCTS for c, _ in self.consumers[v]):
+            return True
+        return all(self.graph.ops[n].name in _MOVES for n in behind.ops)
 
     def _root(
         self, op: Op, elements: int, *, keep: Iterable[int] | None = None, late: bool = False
@@ -423,7 +446,8 @@ class _Fuser:
     def _join(self, op: Op, behind: _Behind, elements: int) -> _Kernel:
         """The kernel an operation runs in: one that has what it reads at hand, or a new one."""
         total = sum(behind.leaves.values())
-        large = [v for v, nbytes in behind.leaves.items() if 4 * nbytes >= total]
+        leaves = behind.leaves.items()
+        large = [v for v, nbytes in leaves if 4 * nbytes >= total and v not in self.barred]
         for v in sorted(large, key=lambda v: (-behind.leaves[v], v)):
             for kernel in (self.made.get(v), self.read.get(v)):
                 if kernel is not None and self._fits(kernel, op, behind, elements):
@@ -434,6 +458,8 @@ class _Fuser:
     def _fits(self, kernel: _Kernel, op: Op, behind: _Behind, elements: int) -> bool:
         """Whether it runs over the same elements, and all that is read is there in time."""
         if kernel.region != op.region or kernel.elements != elements:
+            return False
+        if kernel.product is not None and not self.tpu:
             return False
         for v in behind.leaves:
             maker = self.made.get(v)
@@ -475,7 +501,13 @@ class _Fuser:
         self._add(at, v, float(self.nbytes[v]))
 
     def _add(self, at: tuple[int, int], v: int, nbytes: float) -> None:
-        self.moved.setdefault(at, []).append((v, nbytes))
+        if v not in self.inside:
+            self.moved.setdefault(at, []).append((v, nbytes))
+
+    def _is_inside(self, op: Op) -> bool:
+        """Whether it runs in the kernel of an attention: its products count as its kernels."""
+        sides = (*op.inputs, *op.outputs)
+        return op.name not in PRODUCTS and not self.inside.isdisjoint(sides)
 
     def _passes_by(self, v: int) -> bool:
         return v in self.made and v not in self.results
@@ -491,7 +523,9 @@ class _Fuser:
                 for k in tensors
             )
             work = tuple(_sorted(self.work.get((op.id, k), {})) for k in tensors)
-            found = Traffic(moved, work, self.kernels.get(op.id, 0), op.id in self.wide)
+            kernels = 0 if self._is_inside(op) else self.kernels.get(op.id, 0)
+            runs = 2 if op.id in self.attention.again else 1
+            found = Traffic(moved, work, kernels, op.id in self.wide, runs)
             out.append(known.setdefault(found, found))
         return tuple(out)
 

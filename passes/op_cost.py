@@ -162,7 +162,7 @@ class OpCost:
         ahead = fetched_ahead(chip, local.flops, dtype, local.moved, local.of_operand[:2])
         moved = local.moved - ahead
         out = "float32" if traffic.wide else "bfloat16"
-        time = product_seconds(chip, batch, m, n, k, dtype, moved, out)
+        time = product_seconds(chip, batch, m, n, k, dtype, moved, out) * traffic.runs
         return max(time, local.work)
 
     def _sizes(self, rule: Rule, strategy: Strategy) -> tuple[int, int, int, int]:

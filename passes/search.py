@@ -17,6 +17,7 @@ from cost_models.topology import lay
 from cost_models.units import format_bytes
 from passes.anchors import anchors
 from passes.assemble import assemble, cost_of
+from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
 from passes.decisions import Decisions, decide
@@ -72,16 +73,19 @@ def search(
     memory_limit: float | None = None,
     solver: str = "ilp",
     state: Sequence[tuple[int, int]] = (),
+    fused_attention: bool = False,
     progress: Progress | None = None,
 ) -> Found:
     """The best plan found. graph: without dead code. hints: all of them, the graph's included.
 
     state: (input, output) pairs in which the output takes the input's place at the next step; they
     get one sharding, and share memory where the input is donated. memory_limit: bytes per device,
-    None for the cluster's. Raises NoFeasiblePlan, and HintError when hints fit none of the meshes.
+    None for the cluster's. fused_attention: price attention as one kernel. Raises NoFeasiblePlan,
+    and HintError when hints fit none of the meshes.
     """
     limit = cluster.memory_limit if memory_limit is None else memory_limit
-    fusion = fuse(graph, cluster.platform)
+    fused = attention(graph) if fused_attention else NONE
+    fusion = fuse(graph, cluster.platform, fused)
     tied = replace(graph, ties=(*graph.ties, *state))
     setting = Setting(
         graph,
@@ -122,7 +126,9 @@ def search(
         raise NoFeasiblePlan(_message(setting, lost))
     answers.sort(key=lambda a: (a[1].cost + a[0].constant * PICO, meshes.index(a[0].mesh)))
     priced, solution = answers[0]
-    plan = assemble(priced, solution, solver, limit)
+    notes = (_of_attention(fused),) if fused_attention else ()
+    plan = assemble(priced, solution, solver, limit, notes)
+    plan = replace(plan, fused_attention=fused_attention)
     for p, s in answers[1:]:
         cost = cost_of(p, s.choice)
         lost.append(Alternative(solver, _axes(p.mesh), cost, _compare(plan, cost.step_time)))
@@ -303,6 +309,14 @@ def _axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
 
 
 # Words
+
+
+def _of_attention(found: Attention) -> str:
+    count = len(found.softmaxes)
+    return (
+        f"fused_attention: {count or 'no'} attention{'s' if count != 1 else ''} found and priced "
+        "as fused kernels, which no scores leave. XLA makes none by itself: call one"
+    )
 
 
 def _compare(plan: Plan, seconds: float) -> str:

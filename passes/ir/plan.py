@@ -22,7 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.ir.text import hint_text
 
-VERSION = 3
+VERSION = 4
 Axes = tuple[int, ...]
 
 
@@ -128,6 +128,7 @@ class Plan:
     status: "optimal", "feasible" (with the gap to the bound) or "fixed" for a baseline. signature:
     per operation its name and types, from which the fingerprint is made. donated: places of the
     arguments whose memory the function may reuse. compiler_options: of XLA, for the program.
+    fused_attention: whether attention is priced as one kernel (`passes.attention`).
     """
 
     name: str
@@ -149,6 +150,7 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
     compiler_options: Mapping[str, str] = field(default_factory=dict)
+    fused_attention: bool = False
     version: int = VERSION
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from passes.ir.graph import Signature
 from passes.ir.rule import Dim, Rule
-from passes.rules.factors import Factors, identity, is_complex, is_float
+from passes.rules.factors import Factors, is_complex, is_float
 from passes.rules.registry import rule
 
 _FREE = (
@@ -115,8 +115,18 @@ def div(s: Signature) -> Rule:
 
 @rule(*_FREE)
 def free(s: Signature) -> Rule:
-    """Result n is operand n as it stands; all of them may be partial together."""
-    return identity(s, linear=(tuple(range(len(s.operands))),))
+    """Result n is operand n as it stands; all of them may be partial together.
+
+    Operands of one shape are split alike: an axis splits one factor of an operation, and that of a
+    barrier between a value and its gradient, which lie alike, would else split only one of them.
+    """
+    f = Factors()
+    of_shape = {
+        shape: f.parallel_dims(shape) for shape in dict.fromkeys(t.shape for t in s.operands)
+    }
+    dims = tuple(of_shape[t.shape] for t in s.operands)
+    together = (tuple(range(len(dims))),)
+    return f.rule(dims, dims[: len(s.results)], linear=together, fuses=True)
 
 
 @rule("integer_pow")

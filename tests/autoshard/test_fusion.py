@@ -60,6 +60,46 @@ def test_elsewhere_a_product_is_a_kernel_of_its_own() -> None:
     assert kept(graph, fuse(graph, "gpu")) == ["tanh", "dot_general", "max"]
 
 
+def test_elsewhere_no_reduction_runs_in_a_products_kernel() -> None:
+    def rows(x: Any, w: Any) -> Any:
+        return jnp.max(x @ w, axis=-1)
+
+    graph = trace(rows, f32(512, 256), f32(256, 128)).graph
+    assert kernels(fuse(graph, "tpu")) == 1
+    fusion = fuse(graph, "gpu")
+    assert kernels(fusion) == 2
+    assert moved(fusion) == 4 * (512 * 256 + 256 * 128 + 2 * 512 * 128 + 512)
+
+
+def test_elsewhere_a_conversion_brings_no_arithmetic_into_a_product() -> None:
+    """A library call may convert; what is computed before that is a kernel of its own."""
+
+    def narrowed(x: Any, w: Any) -> Any:
+        return jnp.tanh(x).astype(jnp.bfloat16) @ w
+
+    def widened(x: Any, w: Any) -> Any:
+        return x.astype(jnp.bfloat16) @ w
+
+    w = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
+    graph = trace(narrowed, f32(512, 256), w).graph
+    assert kept(graph, fuse(graph, "gpu")) == ["convert_element_type", "dot_general"]
+    graph = trace(widened, f32(512, 256), w).graph
+    assert kept(graph, fuse(graph, "gpu")) == ["dot_general"]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+def test_nothing_is_fused_across_a_barrier(platform: str) -> None:
+    """What a barrier is given is kept, and handed on as it is."""
+
+    def steps(x: Any) -> Any:
+        return jnp.sin(jax.lax.optimization_barrier(jnp.tanh(x)))
+
+    graph = trace(steps, f32(512, 256)).graph
+    fusion = fuse(graph, platform)
+    assert kept(graph, fusion) == ["tanh", "sin"]
+    assert moved(fusion) == 4 * 4 * 512 * 256  # x, tanh twice, sin
+
+
 def test_a_softmax_of_products_is_kept_once() -> None:
     """The scores are never written: their exponentials are, and read by the next product."""
 

@@ -77,8 +77,10 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (
             'kind = "switch"',
             'kind = "bus"',
-            "[[network]] 1: kind is 'bus', not switch, torus or direct",
+            "[[network]] 1: kind is 'bus', not switch, torus, direct or links",
         ),
+        ("max_size = 4", "max_size = 4\nlinks = [[0, 1], [1, 0]]", "kind links, and no other, has"),
+        ("max_size = 4", "max_size = 4\nlinks = [[0, 1], [1]]", "not a square table of whole"),
         ('platform = "gpu"', 'platform = "npu"', "platform is 'npu', not cpu, gpu or tpu"),
         ("shape = [2, 4]", "shape = '2x4'", "shape is '2x4', not a list such as [2, 8]"),
         ("[[network]]", "[[net]]", "unknown key 'net'"),

@@ -376,3 +376,34 @@ def test_assignment_always_ends() -> None:
             takes = assign(dims, sizes)
             assert [math.prod(t) for t in takes] == list(sizes)
             assert [math.prod(t[d] for t in takes) for d in range(len(dims))] == list(dims)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes", "links"),
+    [
+        # A hybrid cube mesh: two GPUs have one link between them, or two; eight have six each.
+        ("v100:2", (2,), (1,)),
+        ("v100:4", (4,), (4,)),
+        ("v100:8", (8,), (6,)),
+        ("v100:8", (2, 4), (1, 4)),
+        ("v100:8", (4, 2), (2, 1)),
+        ("v100:4", (2, 2), (1, 1)),
+        ("v100:8", (2, 2, 2), (1, 1, 1)),
+    ],
+)
+def test_links_of_a_cube_mesh(spec: str, sizes: tuple[int, ...], links: tuple[int, ...]) -> None:
+    c = cluster(spec)
+    one = c.network[-1].bandwidth * c.network[-1].efficiency
+    found = tuple(round(link.bandwidth / one, 3) for link in lay(c, sizes))
+    assert found == links
+    for axis, n in enumerate(sizes):  # counted once more, by numpy's order of axes
+        table, ids = c.network[-1].links, np.arange(c.devices).reshape(sizes)
+        groups = np.moveaxis(ids, axis, -1).reshape(-1, n)
+        fewest = min(sum(table[a][b] for b in group) for group in groups for a in group)
+        assert fewest == links[axis]
+
+
+def test_links_lead_both_ways() -> None:
+    table = cluster("v100:8").network[-1].links
+    assert all(table[a][b] == table[b][a] for a in range(8) for b in range(8))
+    assert all(sum(row) == 6 for row in table)

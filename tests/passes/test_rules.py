@@ -43,6 +43,7 @@ def the_rule(name: str, operands: str, results: str, **params: Any) -> Rule:
         ("mul", "- 4x6", "4x6", {}, "[], i j -> i j"),
         ("select_n", "bool:- 4x6 4x6", "4x6", {}, "[], i j, i j -> i j"),
         ("optimization_barrier", "4x6 8", "4x6 8", {}, "i j, k -> i j, k"),
+        ("optimization_barrier", "4x6 4x6", "4x6 4x6", {}, "i j, i j -> i j, i j"),
         ("dot_general", "2x4x6 2x6x8", "2x4x8",
          {"dimension_numbers": (((2,), (1,)), ((0,), (0,)))}, "b i k, b k j -> b i j"),
         ("reduce_sum", "4x6x8", "6", {"axes": (0, 2)}, "i j k -> j"),
@@ -115,7 +116,8 @@ def test_many_factors_have_different_names() -> None:
     names = [letter(n) for n in range(100)]
     assert len(set(names)) == 100
     assert names[:3] == ["i", "j", "k"]
-    barrier = the_rule("optimization_barrier", "2 " * 60, "2 " * 60)
+    shapes = " ".join(map(str, range(2, 62)))
+    barrier = the_rule("optimization_barrier", shapes, shapes)
     assert len({f.name for f in barrier.factors}) == 60
 
 
