@@ -28,7 +28,6 @@ from passes.ir.plan import (
 )
 from passes.ir.sharding import PARTIAL, Sharding
 from passes.op_cost import OpCost
-from passes.overlap import waited
 from passes.price import Priced
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps, waited_seconds
 from passes.solve.problem import Solution
@@ -87,7 +86,6 @@ def changes(
     """Every reshard, in program order; a shared copy's counts once, at its first reader."""
     graph, sizes = priced.graph, priced.mesh.sizes
     whole_sums = sums_whole(priced.cluster.platform)
-    platform = priced.cluster.platform
     out: list[Change] = []
     made: set[int] = set()
 
@@ -99,8 +97,8 @@ def changes(
         if f != t:
             trips = graph.trips(op.region)
             nbytes = _sent_bytes(priced, side, v, f, narrow)
-            hides = side != "result" and v in priced.early
-            share = waited(platform, trips) if hides else 1.0
+            hides = side != "result"
+            share = priced.overlap.waited(v, op.id, trips, nbytes) if hides else 1.0
             out.append(Change(op.id, side, k, v, f, t, shared, moves, trips, nbytes, share))
 
     for op in graph.ops:

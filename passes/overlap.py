@@ -1,13 +1,21 @@
 """Which communication does a step wait for, and which runs beside its compute?
 
 A gather of what is there before the program needs it (a weight, FSDP's gather in a scan) runs
-beside the compute that comes before its use: only a share of it is waited for. Everything else
-lies on the way from one operation to the next, and is waited for whole. A step takes its compute
-and what it waits for; `Cost` has both bounds beside it, without any overlap and with all of it.
+beside the compute that comes before its use: only a share of it is waited for, where there is as
+much before. Everything else lies on the way from one operation to the next, and is waited for
+whole. A step takes its compute and what it waits for; `Cost` has both bounds beside it, without any
+overlap and with all of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cost_models.cluster import Cluster
+from cost_models.roofline import peak_flops
+from cost_models.topology import AxisLink
 from passes.ir.graph import Graph
 
 # What hands on a value of the state as it is, or converted.
@@ -34,6 +42,38 @@ _HANDS_ON = frozenset(
 _WAITED = {"tpu": (0.25, 0.44)}
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """early: values that are there long before they are read. before: per operation the seconds of
+    arithmetic before it, at best. bandwidth: bytes/s of the quickest axis. in_loop, outside: the
+    shares of their gathers that a step waits for.
+    """
+
+    early: frozenset[int]
+    before: tuple[float, ...]
+    bandwidth: float
+    in_loop: float
+    outside: float
+
+    def waited(self, value: int, reader: int, trips: float, nbytes: float) -> float:
+        """The share that a step waits for of a gather for an operation that runs so often."""
+        if value not in self.early:
+            return 1.0
+        if trips > 1:
+            return self.in_loop
+        return self.outside if self.before[reader] >= nbytes / self.bandwidth else 1.0
+
+
+def overlap(graph: Graph, cluster: Cluster, links: Sequence[AxisLink]) -> Overlap:
+    """What may overlap in a program on a mesh with these links."""
+    rate = cluster.devices * peak_flops(cluster.chip, "bfloat16")
+    busy = accumulate(op.rule.flops * graph.trips(op.region) / rate for op in graph.ops)
+    before = (0.0, *busy)[: len(graph.ops)]
+    bandwidth = max((link.bandwidth for link in links), default=1.0)
+    in_loop, outside = _WAITED.get(cluster.platform, (1.0, 1.0))
+    return Overlap(early(graph), before, bandwidth, in_loop, outside)
+
+
 def early(graph: Graph) -> frozenset[int]:
     """Values of the state, which are there long before they are read."""
     found = {v.id for v in graph.values if v.kind in ("argument", "constant")}
@@ -41,9 +81,3 @@ def early(graph: Graph) -> frozenset[int]:
         if op.name in _HANDS_ON and op.inputs and op.inputs[0] in found:
             found.update(op.outputs)
     return frozenset(found)
-
-
-def waited(platform: str, trips: float) -> float:
-    """The share of the gather of an early value that a step waits for; trips: of its reader."""
-    in_loop, outside = _WAITED.get(platform, (1.0, 1.0))
-    return in_loop if trips > 1 else outside

@@ -28,7 +28,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
 from passes.op_cost import OpCost
-from passes.overlap import early, waited
+from passes.overlap import Overlap, overlap
 from passes.reshard_table import PICO, ReshardTable
 from passes.solve.problem import Costs, Edge, Node, Problem, Use
 from passes.strategies import (
@@ -66,8 +66,7 @@ class Priced:
     that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
     constant: seconds that no choice changes. only: per group its sole choice where it has no node.
     layouts: what strategies want and make, as far as it was asked.
-    narrow: copies that are sent as narrow readers want them. early: values that are there long
-    before they are read.
+    narrow: copies that are sent as narrow readers want them.
     """
 
     graph: Graph
@@ -87,7 +86,7 @@ class Priced:
     constant: float
     layouts: Layouts
     narrow: frozenset[int]
-    early: frozenset[int]
+    overlap: Overlap
 
 
 def price(
@@ -135,7 +134,7 @@ class _Pricer:
         self.layouts = Layouts(mesh.sizes)
         self.fusion, self.kept = fusion, fusion.kept
         self.narrow: set[int] = set()
-        self.early = early(graph)
+        self.overlap = overlap(graph, cluster, self.links)
         self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
         self.trips = [graph.trips(r.id) for r in graph.regions]
@@ -194,7 +193,7 @@ class _Pricer:
             self.constant,
             self.layouts,
             frozenset(self.narrow),
-            self.early,
+            self.overlap,
         )
 
     def group_choices(self, group: Group) -> tuple[Axes, ...]:
@@ -326,8 +325,9 @@ class _Pricer:
             self.narrow.add(copy)
         whole = self.kept.of_value[v]
         nbytes = self.kept.sent(v, copy in self.narrow)
-        share = self.waited_share(v, self.trips[region])
-        matrix = self.table.matrix(axes, choices, nbytes, self.trips[region], whole, share)
+        trips = self.trips[region]
+        share = self.overlap.waited(v, readers[0][0], trips, nbytes)
+        matrix = self.table.matrix(axes, choices, nbytes, trips, whole, share)
         self.place(matrix, node, copy)
         for reader in readers:
             self.copies[reader] = copy
@@ -406,9 +406,6 @@ class _Pricer:
 
     # edges
 
-    def waited_share(self, v: int, trips: float) -> float:
-        return waited(self.cluster.platform, trips) if v in self.early else 1.0
-
     def member_axes(self, choices: tuple[Axes, ...], mapping: DimMap) -> tuple[Axes, ...]:
         """Choices of a group as shardings of one member."""
         if mapping == tuple(range(len(mapping))):
@@ -443,7 +440,7 @@ class _Pricer:
         trips = self.trips[op.region]
         if side == "operand":
             nbytes = self.kept.sent(v, (op.id, k) in self.kept.narrow)
-            share = self.waited_share(v, trips)
+            share = self.overlap.waited(v, op.id, trips, nbytes)
             matrix = self.table.matrix(axes, wants, nbytes, trips, whole, share)
         else:
             whole = self.graph.values[v].type.nbytes  # made, and summed, as it is

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -55,9 +55,9 @@ class Gpt:
     pass nothing, all, or the core of attention. plan: how it is split; "megatron+sp" with sequence
     parallelism, "zero2" with the optimizer's state split, "fsdp" with the parameters too; "longest"
     splits each parameter along its longest dim, and says no more. copied: whether a narrow copy of
-    the parameters is kept beside those in float32, or made in each step. compiled: whether the
-    system was a compiler, that fuses what it likes; the others run the kernels they are told to,
-    between barriers here.
+    the parameters is kept beside those in float32, or made in each step. fused_loss: whether the
+    cross entropy is one kernel. compiled: whether the system was a compiler, that fuses what it
+    likes; the others run the kernels they are told to, between barriers here.
     """
 
     layers: int
@@ -70,6 +70,7 @@ class Gpt:
     recompute: Literal["none", "full", "selective"] = "none"
     plan: Literal["megatron", "megatron+sp", "zero2", "fsdp", "longest"] = "megatron"
     copied: bool = True
+    fused_loss: bool = False
     compiled: bool = False
 
     def size(self, dim: str) -> int:
@@ -275,10 +276,11 @@ def loss(model: Gpt, params: Tree, tokens: jax.Array) -> jax.Array:
     )
     x = annotate(model, layer_norm(x, outside["scale"], outside["bias"]), "data", None, None)
     scores = annotate(model, x @ outside["embed"].T, "data", None, "model")
-    scores = kernel(model, scores.astype(jnp.float32))
+    step = partial(kernel, replace(model, compiled=model.compiled or model.fused_loss))
+    scores = step(scores.astype(jnp.float32))
     highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    shifted = kernel(model, scores - highest)
-    total = jnp.log(kernel(model, jnp.exp(shifted)).sum(axis=-1))
+    shifted = step(scores - highest)
+    total = jnp.log(step(jnp.exp(shifted)).sum(axis=-1))
     ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     right = jnp.where(ids == tokens[:, 1:, None], shifted, 0.0).sum(axis=-1)
     return jnp.mean(total - right)
