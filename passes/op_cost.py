@@ -18,11 +18,13 @@ from cost_models.product import conv_seconds, fetched_ahead, product_seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink
 from cost_models.vector import kernel_seconds, tile_rows, vector_seconds, work_seconds
-from passes.fusion import PRODUCTS, Fusion, Traffic, Work
+from passes.chains import PRODUCTS
+from passes.fusion import Fusion
 from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.rule import Rule
 from passes.ir.sharding import BROADCAST
+from passes.kernels import Traffic, Work
 from passes.strategies import Axes, Layouts, Strategy, factor_parts, operand_axes, parts
 
 # A window of more places than this is no forward convolution's, but that of a weight's gradient.

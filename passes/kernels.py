@@ -1,0 +1,178 @@
+"""Which kernel pays for what is read, written and computed?
+
+A kernel is a loop over an array. It reads each kept value once, whatever it does with it, and
+writes what is kept of it. What it moves and computes is paid by the operations whose tensors these
+bytes are, because it is they that are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from passes.attention import Attention
+from passes.chains import PRODUCTS, Chains, reduces
+from passes.ir.graph import Op
+
+# (primitive, dtype, elements computed, FLOP)
+Work = tuple[tuple[str, str, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one run of an operation moves and computes on elements, all devices together.
+
+    moved: per tensor, operands first and then results, what is read or written for its sake: bytes
+    of each value, and whether it is made and used up by kernels of the program.
+    work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
+    kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
+    runs: how often a product is multiplied.
+    """
+
+    moved: tuple[tuple[tuple[float, bool], ...], ...]
+    work: tuple[Work, ...]
+    kernels: int
+    wide: bool
+    runs: int = 1
+
+
+@dataclass(slots=True)
+class Behind:
+    """What computing a value reads and runs: bytes by kept value, and operations."""
+
+    leaves: dict[int, float] = field(default_factory=dict)
+    ops: dict[int, None] = field(default_factory=dict)  # an ordered set
+
+    def add(self, other: Behind) -> None:
+        """Both."""
+        for v, nbytes in other.leaves.items():
+            self.leaves[v] = max(nbytes, self.leaves.get(v, 0.0))
+        self.ops.update(other.ops)
+
+
+@dataclass(slots=True)
+class Kernel:
+    """Roots that run together. late: what is known only when it has seen all elements."""
+
+    id: int
+    region: int
+    elements: int
+    product: Op | None
+    reads: set[int] = field(default_factory=set)
+    ops: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
+
+
+class Kernels:
+    """The kernels of a program, and what each operation pays.
+
+    made, read: per value the kernel that makes it, or has read it last.
+    """
+
+    def __init__(self, chains: Chains, attention: Attention) -> None:
+        self.graph, self.chains, self.attention = chains.graph, chains, attention
+        self.values, self.nbytes, self.inside = self.graph.values, chains.nbytes, attention.inside
+        self.made: dict[int, Kernel] = {}
+        self.read: dict[int, Kernel] = {}
+        self.barred: set[int] = set()  # values that went through a barrier
+        self.moved: dict[tuple[int, int], list[tuple[int, float]]] = {}  # (value, bytes)
+        self.work: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
+        self.count: dict[int, int] = {}  # kernels that an operation starts
+        self.wide: set[int] = set()  # operations
+
+    def start(self, op: Op, elements: int, product: Op | None = None) -> Kernel:
+        """A new kernel, over so many elements."""
+        self.count[op.id] = 1
+        return Kernel(op.id, op.region, elements, product)
+
+    def join(self, op: Op, behind: Behind, elements: int) -> Kernel:
+        """The kernel an operation runs in: one that has what it reads at hand, or a new one."""
+        total = sum(behind.leaves.values())
+        leaves = behind.leaves.items()
+        large = [v for v, nbytes in leaves if 4 * nbytes >= total and v not in self.barred]
+        for v in sorted(large, key=lambda v: (-behind.leaves[v], v)):
+            for kernel in (self.made.get(v), self.read.get(v)):
+                if kernel is not None and self._fits(kernel, op, behind, elements):
+                    return kernel
+        return self.start(op, elements)
+
+    def _fits(self, kernel: Kernel, op: Op, behind: Behind, elements: int) -> bool:
+        """Whether it runs over the same elements, and all that is read is there in time."""
+        if kernel.region != op.region or kernel.elements != elements:
+            return False
+        if kernel.product is not None and not self.chains.tpu:
+            return False
+        for v in behind.leaves:
+            maker = self.made.get(v)
+            if maker is kernel and v in kernel.late:
+                return False
+            if maker is not None and maker.id > kernel.id and maker.region == op.region:
+                return False
+            of_all = self.values[v].type.size == elements
+            if of_all and kernel.product is not None and self.chains.is_given(v):
+                return False
+        return True
+
+    def pay(self, kernel: Kernel, at: tuple[int, int], behind: Behind) -> None:
+        """Reads that the kernel has not paid yet, and what is computed on the way."""
+        for v, nbytes in behind.leaves.items():
+            if v not in kernel.reads and self.made.get(v) is not kernel:
+                kernel.reads.add(v)
+                self.read[v] = kernel
+                self.add(at, v, nbytes)
+        self.run(kernel, at, behind.ops)
+
+    def run(self, kernel: Kernel, at: tuple[int, int], ops: Iterable[int]) -> None:
+        """It computes these operations, if it has not done so."""
+        for number in ops:
+            if number not in kernel.ops:
+                kernel.ops.add(number)
+                op = self.graph.ops[number]
+                sides = (*op.outputs, *(op.inputs if reduces(op) else ()))
+                elements = max((self.values[v].type.size for v in sides), default=0)
+                dtype = self.values[(op.inputs or op.outputs)[0]].type.dtype
+                done = self.work.setdefault(at, {}).setdefault((op.name, dtype), [0.0, 0.0])
+                done[0] += elements
+                done[1] += op.rule.flops
+
+    def keep(self, kernel: Kernel, at: tuple[int, int], v: int) -> None:
+        """It writes a value."""
+        self.made[v] = kernel
+        size = self.values[v].type.size
+        if size == kernel.elements and self.nbytes[v] >= 4 * size:
+            self.wide.add(at[0])
+        self.add(at, v, float(self.nbytes[v]))
+
+    def add(self, at: tuple[int, int], v: int, nbytes: float) -> None:
+        """Bytes of a value are moved for the sake of a tensor: at is (operation, number)."""
+        if v not in self.inside:
+            self.moved.setdefault(at, []).append((v, nbytes))
+
+    def _is_inside(self, op: Op) -> bool:
+        """Whether it runs in the kernel of an attention: its products count as its kernels."""
+        sides = (*op.inputs, *op.outputs)
+        return op.name not in PRODUCTS and not self.inside.isdisjoint(sides)
+
+    def _passes_by(self, v: int) -> bool:
+        return v in self.made and v not in self.chains.results
+
+    def traffic(self) -> tuple[Traffic, ...]:
+        """What every operation pays; equal ones are one object."""
+        known: dict[Traffic, Traffic] = {}
+        out = []
+        for op in self.graph.ops:
+            tensors = range(len(op.inputs) + len(op.outputs))
+            moved = tuple(
+                tuple((n, self._passes_by(v)) for v, n in self.moved.get((op.id, k), ()))
+                for k in tensors
+            )
+            work = tuple(_sorted(self.work.get((op.id, k), {})) for k in tensors)
+            kernels = 0 if self._is_inside(op) else self.count.get(op.id, 0)
+            runs = 2 if op.id in self.attention.again else 1
+            found = Traffic(moved, work, kernels, op.id in self.wide, runs)
+            out.append(known.setdefault(found, found))
+        return tuple(out)
+
+
+def _sorted(work: Mapping[tuple[str, str], Sequence[float]]) -> Work:
+    return tuple((*key, work[key][0], work[key][1]) for key in sorted(work))
