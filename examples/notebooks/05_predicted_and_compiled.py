@@ -53,8 +53,8 @@ colour_of = dict(zip(solvers, style.COLOURS, strict=False))
 print(
     f"{len(rows)} compiled plans of {len(names)} programs; {len(made) - len(rows)} more did not fit"
 )
-assert len(rows) >= 30
-assert len(names) >= 10
+assert len(rows) >= 15
+assert len(names) >= 5
 
 
 def ratios(what: str, some: list[Row]) -> np.ndarray:
