@@ -92,6 +92,9 @@ for ax, (what, label) in zip(axes, QUANTITIES.items(), strict=True):
         x, y = ([r[key] / SCALE[what] for r in some] for key in (what, f"predicted {what}"))
         ax.plot(x, y, "o", color=colour_of[solver], alpha=0.75, label=solver)
     ax.set(xscale="log", yscale="log")
+    if what == "memory":
+        for axis in (ax.xaxis, ax.yaxis):
+            style.size_axis(axis, [0.25, 0.5, 1, 2, 4, 8])
     ends = np.array(
         [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
     )

@@ -56,7 +56,7 @@ def second_axis(axis: Axis, least: float, most: float) -> None:
     axis.set_major_formatter(FuncFormatter(lambda x, _: format_seconds(x)))
 
 
-def size_axis(axis: Axis, sizes: Sequence[int]) -> None:
+def size_axis(axis: Axis, sizes: Sequence[float]) -> None:
     """A logarithmic axis with a mark at each of these sizes."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(FixedLocator(list(sizes)))
