@@ -530,3 +530,15 @@ JOBS: dict[str, Callable[..., Job]] = {
         conv_net,
     )
 }
+
+
+def filled(args: Any, seed: int = 0) -> Any:
+    """Small random numbers and small indices of the given shapes; never below 0."""
+    rng = np.random.default_rng(seed)
+
+    def array(x: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, 4, x.shape), x.dtype)
+        return jnp.asarray(0.1 * rng.random(x.shape), x.dtype)
+
+    return jax.tree.map(array, args)

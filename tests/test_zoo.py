@@ -46,18 +46,6 @@ def gpt(**options: Any) -> Any:
     return zoo.gpt(width=16, layers=2, heads=2, sequence=8, batch=2, vocab=64, **options)
 
 
-def filled(args: Any, seed: int = 0) -> Any:
-    """Small random numbers and small indices of the given shapes; never below 0."""
-    rng = np.random.default_rng(seed)
-
-    def array(x: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return jnp.asarray(rng.integers(0, 4, x.shape), x.dtype)
-        return jnp.asarray(0.1 * rng.random(x.shape), x.dtype)
-
-    return jax.tree.map(array, args)
-
-
 def run(fn: Callable[..., Any], *args: Any) -> Any:
     """Compiled in a hurry: these programs run once."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -87,7 +75,7 @@ def test_every_job_traces_and_holds_no_array(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_small_sizes_run_and_stay_finite(name: str) -> None:
     fn, args = SMALL[name]()
-    out = run(fn, *filled(args))
+    out = run(fn, *zoo.filled(args))
     for leaf in jax.tree.leaves(out):
         assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
 
@@ -110,7 +98,7 @@ def test_gpt_1p3b_has_its_parameters() -> None:
 def test_scan_and_loop_are_the_same_model() -> None:
     looped, (state, tokens) = gpt()
     scanned, _ = gpt(scan=True)
-    state = filled(state)
+    state = zoo.filled(state)
 
     def stack(tree: Any) -> Any:
         if isinstance(tree, dict) and "layers" in tree:
@@ -118,7 +106,7 @@ def test_scan_and_loop_are_the_same_model() -> None:
         return tree
 
     opt = jax.tree.map(stack, state["opt"], is_leaf=lambda t: isinstance(t, dict))
-    tokens = filled(tokens)
+    tokens = zoo.filled(tokens)
     one, loop_loss = run(looped, state, tokens)
     two, scan_loss = run(scanned, {"params": stack(state["params"]), "opt": opt}, tokens)
     np.testing.assert_allclose(loop_loss, scan_loss, rtol=1e-6)
@@ -130,7 +118,7 @@ def test_scan_and_loop_are_the_same_model() -> None:
 def test_blockwise_attention_equals_plain_attention() -> None:
     whole, args = zoo.long_attention(sequence=16, width=16, heads=2)
     blocks, _ = zoo.long_attention(sequence=16, width=16, heads=2, block=4)
-    params, x = filled(args)
+    params, x = zoo.filled(args)
     x = x.astype(jnp.float32)
     for a, b in zip(
         jax.tree.leaves(run(whole, params, x)), jax.tree.leaves(run(blocks, params, x)), strict=True
@@ -141,7 +129,7 @@ def test_blockwise_attention_equals_plain_attention() -> None:
 def test_experts_with_room_for_all_equal_a_dense_sum() -> None:
     experts, width = 4, 8
     fn, args = zoo.moe_layer(experts, 2, 6, width, 16, picks=experts)
-    params, x = filled(args)
+    params, x = zoo.filled(args)
     gates = jax.nn.softmax(x @ params["router"])
     hidden = jax.nn.gelu(jnp.einsum("gtm,emh->gteh", x, params["w1"]))
     expected = x + jnp.einsum("gte,gteh,ehm->gtm", gates, hidden, params["w2"])
@@ -151,7 +139,7 @@ def test_experts_with_room_for_all_equal_a_dense_sum() -> None:
 
 def test_a_decoded_token_writes_only_its_place_in_the_cache() -> None:
     fn, args = SMALL["gpt_decode"]()
-    params, cache, token, _ = filled(args)
+    params, cache, token, _ = zoo.filled(args)
     _, after = run(fn, params, cache, token, jnp.int32(3))
     changed = np.any(np.asarray(after["k"] != cache["k"]), axis=(0, 1, 3, 4))
     assert changed.tolist() == [False, False, False, True, False, False, False, False]
