@@ -277,7 +277,7 @@ def _memory(found: Found, t: Target, progress: Progress | None) -> list[str]:
     time = int(memory(priced, lying).argmax())
     there = [h for h in lying if h.begin <= time < h.end]
     there.sort(key=lambda h: (-h.nbytes, h.value))
-    where = _moment(priced.graph, time)
+    where = _moment(found, time)
     lines = [
         f"memory {peak} of {limit}; {_binding(found, t)}",
         f"  fullest {where}, where {len(there)} arrays lie",
@@ -287,10 +287,10 @@ def _memory(found: Found, t: Target, progress: Progress | None) -> list[str]:
     return [*lines, f"    and {format_bytes(left)} more"] if left else lines
 
 
-def _moment(graph: Graph, time: int) -> str:
-    if time >= len(graph.ops):
+def _moment(found: Found, time: int) -> str:
+    if time >= len(found.priced.live.order):
         return "at the end"
-    op = graph.ops[time]
+    op = found.priced.graph.ops[found.priced.live.order[time]]
     return f"at {line_text(op.source)}, {op.name}"
 
 

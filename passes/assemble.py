@@ -29,6 +29,7 @@ from passes.ir.plan import (
 from passes.ir.sharding import PARTIAL, Sharding
 from passes.op_cost import OpCost
 from passes.price import Priced
+from passes.relaid import copied, copy_bytes
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps, waited_seconds
 from passes.solve.problem import Solution
 from passes.strategies import (
@@ -143,7 +144,10 @@ class Held:
 
 
 def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> Iterator[Held]:
-    """All that lies in memory: every value, and resharded copies where they live."""
+    """All that lies in memory: every value, and resharded copies where they live.
+
+    Summands lie there as they are made, while they are summed.
+    """
     graph, live = priced.graph, priced.live
     for value in graph.values:
         begin, end = live.spans[value.id]
@@ -151,16 +155,26 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
             axes = values[value.id]
             size = local_bytes(priced.fusion.kept.of_value[value.id], axes, priced)
             yield Held(begin, end, size, value.id, axes, False)
+    for v, (begin, end) in copied(graph, live, priced.cluster.platform).items():
+        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
+        if size:
+            yield Held(begin, end, size, v, values[v], True)
     last: dict[int, int] = {}
     for (op, _), copy in priced.copies.items():
-        last[copy] = max(last.get(copy, 0), op)
+        last[copy] = max(last.get(copy, 0), live.when[op])
     for c in changed:
         sent = any(m.kind != "slice" for m in c.moves)
-        if c.side == "result" or not (sent or live.stored[c.value]):
+        begin = live.when[c.op]
+        if c.side == "result":
+            if sent:
+                size = local_bytes(c.nbytes, c.source, priced)
+                yield Held(begin, begin + 1, size, c.value, c.source, True)
             continue
-        end = last[c.shared] if c.side == "copy" else c.op
+        if not (sent or live.stored[c.value]):
+            continue
+        end = last[c.shared] if c.side == "copy" else begin
         size = local_bytes(c.nbytes, c.target, priced)
-        yield Held(c.op, end + 1, size, c.value, c.target, True)
+        yield Held(begin, end + 1, size, c.value, c.target, True)
 
 
 def memory(priced: Priced, found: Iterable[Held]) -> npt.NDArray[np.float64]:

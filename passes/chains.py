@@ -3,7 +3,8 @@
 An operation on elements (and what only moves them) can be computed inside its readers. On TPU a
 product's kernel also runs the elementwise chain that follows it, keeps a row at hand while it finds
 the row's maximum (the first half of a softmax), and computes chains of its operands on the fly. On
-other platforms a product is a library call, into which only moves and conversions go.
+other platforms a product is a library call or a kernel like one, into which only moves, conversions
+and a ReLU go.
 
 What is said of TPU was seen in compiled programs (jax 0.10.2, libtpu 0.0.42.1). What is said of
 other platforms is assumed; how much of it stays in memory was held against XLA:GPU.
@@ -67,8 +68,12 @@ class Chains:
         if op.name == BARRIER:
             return False
         if op.name in PRODUCTS:
-            return self.tpu or maker.name in MOVES or maker.is_link
+            return self.tpu or maker.name in MOVES or maker.is_link or self.clips(maker)
         return self.fuses(op) or reduces(op)
+
+    def clips(self, op: Op) -> bool:
+        """Whether it is the larger of a value and a constant: a ReLU."""
+        return op.name == "max" and any(self.values[v].kind == "literal" for v in op.inputs)
 
     def ends(self, could: Sequence[bool]) -> list[frozenset[int]]:
         """Per value the roots that would compute it, were all that can be computed in readers.

@@ -18,6 +18,7 @@ from passes.attention import NONE, Attention
 from passes.chains import BARRIER, MOVES, PRODUCTS, SAME, Chains, reduces
 from passes.ir.graph import Graph, Op
 from passes.kernels import Behind, Kernel, Kernels, Traffic
+from passes.liveness import IN_PLACE
 from passes.stored_bytes import StoredBytes, stored_bytes
 
 # How many times the bytes of keeping a value XLA:TPU moves rather than keep it: a guess. Over 45
@@ -30,12 +31,13 @@ _READILY = 4
 class Fusion:
     """stored: per value whether it has memory of its own. traffic: per operation what it pays.
 
-    kept: bytes of values as they are kept and sent.
+    kept: bytes of values as they are kept and sent. filled: constants made as arrays, beforehand.
     """
 
     stored: tuple[bool, ...]
     traffic: tuple[Traffic, ...]
     kept: StoredBytes
+    filled: frozenset[int] = frozenset()
 
 
 def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
@@ -51,8 +53,33 @@ def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
         if narrower.of_value != kept.of_value:
             kept = narrower
             fuser = _Fuser(Chains(graph, kept.of_value, True), inside).run()
-    stored = tuple(s and v not in inside.inside for v, s in enumerate(fuser.stored))
-    return Fusion(stored, fuser.kernels.traffic(), kept)
+    filled = _filled(graph) if platform == "gpu" else frozenset[int]()
+    stored = tuple(
+        (s or v in filled) and v not in inside.inside for v, s in enumerate(fuser.stored)
+    )
+    return Fusion(stored, fuser.kernels.traffic(), kept, filled)
+
+
+def _filled(graph: Graph) -> frozenset[int]:
+    """Constants that XLA:GPU makes as arrays: those that an operation then adds to in place.
+
+    Another constant like it is no longer computed inside its reader either, but copied from the
+    same array (seen in compiled programs: zeros of a scattered gradient, and of a `where` in the
+    optimizer).
+    """
+    like: list[tuple[object, ...] | None] = [
+        (v.name, v.type.dtype) if v.kind == "literal" else None for v in graph.values
+    ]
+    filled = dict[int, tuple[object, ...]]()
+    for op in graph.ops:
+        made_of = like[op.inputs[0]] if len(op.inputs) == 1 else None
+        if made_of and op.name in ("convert_element_type", "broadcast_in_dim"):
+            kind = graph.values[op.outputs[0]].type
+            like[op.outputs[0]] = (made_of[0], kind.dtype)
+            if kind.size > 1:
+                filled[op.outputs[0]] = (made_of[0], kind)
+    added = {filled.get(op.inputs[0]) for op in graph.ops if op.name in IN_PLACE}
+    return frozenset(v for v, made_of in filled.items() if made_of in added)
 
 
 class _Fuser:
@@ -201,7 +228,10 @@ class _Fuser:
         """Whether the products that read a value take all that is behind it into their kernels."""
         if self.tpu or all(self.graph.ops[c].name not in PRODUCTS for c, _ in self.consumers[v]):
             return True
-        return all(self.graph.ops[n].name in MOVES for n in behind.ops)
+        ops = [self.graph.ops[n] for n in behind.ops]
+        if self.chains.clips(ops[-1]):  # a ReLU, of what a bias was added to
+            return all(op.name in (*MOVES, "add") or op is ops[-1] for op in ops)
+        return all(op.name in MOVES for op in ops)
 
     def _root(
         self, op: Op, elements: int, *, keep: Iterable[int] | None = None, late: bool = False

@@ -1,46 +1,63 @@
 """When does each value hold memory, and does it hold any?
 
-Time is the index of an operation in the flat program. A value that a loop body reads from outside
-lives until the loop ends; what a scan stacks up exists from the loop's first step. An operation
-that XLA fuses into all its readers leaves nothing in memory; a donated argument and the result
-that takes its place are one buffer. Any other result has a buffer that lies there from the first
-step: XLA lends it to nobody (seen in compiled programs for TPU).
+A step of time is one operation of the flat program, in the order of `passes.schedule`. A value
+that a loop body reads from outside lives until the loop ends; what a scan stacks up exists from the
+loop's first step. An operation that XLA fuses into all its readers leaves nothing in memory; a
+donated argument and the result that takes its place are one buffer. Any other result has a buffer
+that lies there from the first step: XLA lends it to nobody (seen in compiled programs for TPU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from passes.ir.graph import Graph, Op
+from passes.schedule import schedule
 
 # What XLA does in place: a part of an operand is overwritten.
-_UPDATES = frozenset(
+IN_PLACE = frozenset(
     {"dynamic_update_slice", "scatter", "scatter-add", "scatter_mul", "scatter_max"}
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """spans: per value its half-open life, (0, 0) for none. stored: whether it has memory."""
+    """spans: per value its half-open life, (0, 0) for none. stored: whether it has memory.
+
+    order: the operation of every step. when: the step of every operation.
+    """
 
     spans: tuple[tuple[int, int], ...]
     stored: tuple[bool, ...]
-    steps: int
+    order: tuple[int, ...]
+    when: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the program, and one at its end for what it returns."""
+        return len(self.order) + 1
 
 
 def liveness(
-    graph: Graph, has_memory: Sequence[bool], aliases: Sequence[tuple[int, int]] = ()
+    graph: Graph,
+    has_memory: Sequence[bool],
+    aliases: Sequence[tuple[int, int]] = (),
+    filled: Set[int] = frozenset(),
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
-    aliases: (donated input, output) pairs that share a buffer.
+    aliases: (donated input, output) pairs that share a buffer. filled: constants made beforehand.
     """
-    steps = len(graph.ops) + 1
-    begin, end, home = _made(graph)
+    order = schedule(graph, has_memory, aliases, filled)
+    when = [0] * len(order)
+    for step, o in enumerate(order):
+        when[o] = step
+    steps = len(order) + 1
+    begin, end, home = _made(graph, when)
     for op in graph.ops:
         for v in op.inputs:
-            end[v] = max(end[v], _last_read(graph, op, home[v]))
+            end[v] = max(end[v], _last_read(graph, op, home[v], when))
     kept = {v.id for v in graph.values if v.kind == "constant"}
     kept.update(v for v in graph.inputs if v not in graph.donated)  # the caller keeps them
     for v in (*graph.outputs, *kept):
@@ -48,7 +65,7 @@ def liveness(
     stored = list(has_memory)
     _computed_again(graph, stored, end)
     for op in graph.ops:
-        _work_in_place(graph, op, stored, home, end)
+        _work_in_place(graph, op, stored, home, end, when[op.id])
     for given, result in aliases:
         end[given] = steps
         if result != given:
@@ -58,18 +75,18 @@ def liveness(
         if v not in shared:
             begin[v] = 0
     spans = tuple((b, e) if s else (0, 0) for b, e, s in zip(begin, end, stored, strict=True))
-    return Liveness(spans, tuple(stored), steps)
+    return Liveness(spans, tuple(stored), order, tuple(when))
 
 
-def _made(graph: Graph) -> tuple[list[int], list[int], list[int]]:
+def _made(graph: Graph, when: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Per value the step it begins at, the first it may end at, and the region it is made in."""
     begin, end, home = ([0] * len(graph.values) for _ in range(3))
     for op in graph.ops:
         region = graph.regions[op.region]
         for v in op.outputs:
-            home[v], begin[v], end[v] = op.region, op.id, op.id + 1
+            home[v], begin[v], end[v] = op.region, when[op.id], when[op.id] + 1
             if op.name == "scan_stack":  # the whole stack exists from the first trip on
-                begin[v] = region.begin
+                begin[v] = when[region.begin]
             if op.name in ("scan_stack", "loop_next"):
                 home[v] = region.parent
     return begin, end, home
@@ -85,27 +102,32 @@ def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> Non
 
 
 def _work_in_place(
-    graph: Graph, op: Op, stored: Sequence[bool], home: Sequence[int], end: list[int]
+    graph: Graph,
+    op: Op,
+    stored: Sequence[bool],
+    home: Sequence[int],
+    end: list[int],
+    step: int,
 ) -> None:
     """The result takes the place of an operand that nobody reads any more."""
-    if not (op.rule.fuses or op.name in _UPDATES) or op.is_link:
+    if not (op.rule.fuses or op.name in IN_PLACE) or op.is_link:
         return
     for result in op.outputs:
         nbytes = graph.values[result].type.nbytes
         for v in op.inputs if stored[result] else ():
-            dies = stored[v] and end[v] == op.id + 1 and home[v] == op.region
+            dies = stored[v] and end[v] == step + 1 and home[v] == op.region
             if dies and graph.values[v].type.nbytes == nbytes:
-                end[v] = op.id
+                end[v] = step
                 break
 
 
-def _last_read(graph: Graph, op: Op, home: int) -> int:
+def _last_read(graph: Graph, op: Op, home: int, when: Sequence[int]) -> int:
     """One past the time of a read: the end of the outermost loop between the read and the home."""
-    last = op.id + 1
+    last = when[op.id] + 1
     region = op.region
     while region and region != home:
         r = graph.regions[region]
         if r.kind in ("scan", "while_body", "while_cond"):
-            last = max(last, r.end)
+            last = max(last, when[r.end - 1] + 1)
         region = r.parent
     return last

@@ -25,6 +25,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.rule import Rule
 from passes.ir.sharding import BROADCAST
 from passes.kernels import Traffic, Work
+from passes.relaid import PASSES, laid_anew
 from passes.strategies import Axes, Layouts, Strategy, factor_parts, operand_axes, parts
 
 # A window of more places than this is no forward convolution's, but that of a weight's gradient.
@@ -35,15 +36,6 @@ _MOST_TAPS = 128
 # the ILP and FSDP plans is 9 % with 0.3 and 13 % without; of a transformer block of 2048 x 2048 on
 # 8 devices it is 5 %, and 40 % with half of it.
 _NEAR = 0.3
-
-
-# Rows from which on XLA:TPU picks from a table as it lies; one of fewer is copied into whole tiles.
-_AS_IT_LIES = 2**19
-
-# How often memory is passed over for that: once to copy the table for a gather; for its gradient
-# three times to copy it and the state that is updated with it, there and back, once to fill it with
-# zeros and five times to update both. Counted in a step of Adagrad on v5e.
-_PASSES = {"gather": (1, 0), "scatter-add": (3, 6)}
 
 
 class _Local(NamedTuple):
@@ -245,18 +237,12 @@ class OpCost:
         return shape
 
     def _laid_anew(self, op: Op, strategy: Strategy) -> float:
-        """Seconds to copy a table into rows of whole tiles and back, for those who pick rows of it.
-
-        XLA:TPU lays a table of few columns with its rows along the lanes, without any waste. From
-        one of many rows it picks so. A table of fewer it lays anew, each row in a tile's row, and
-        updates it there: 128 elements for each of the few. (Seen on v5e, tables of 8 to 64 columns
-        and 65536 to 2^21 rows; between 2^18 and 2^19 rows the turn was not looked for.)
-        """
-        copies, more = _PASSES.get(op.name, (0, 0))
+        """Seconds to copy a table into rows of whole tiles and back, for those who pick from it."""
+        copies, more = PASSES.get(op.name, (0, 0))
         if not copies or len(self.graph.values[op.inputs[0]].shape) != 2:
             return 0.0
         rows, width = self._local_shape(op.inputs[0], self.layouts.of(op.rule, strategy)[0][0])
-        if not LANES <= rows < _AS_IT_LIES or width >= LANES:
+        if not laid_anew((rows, width)):
             return 0.0
         nbytes = rows * self.graph.values[op.inputs[0]].type.bits / 8
         moved = nbytes * (copies * (LANES + width) + more * (LANES - width))

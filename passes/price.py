@@ -29,6 +29,7 @@ from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
 from passes.op_cost import OpCost
 from passes.overlap import Overlap, overlap
+from passes.relaid import copied, copy_bytes
 from passes.reshard_table import PICO, ReshardTable
 from passes.solve.problem import Costs, Edge, Node, Problem, Use
 from passes.strategies import (
@@ -137,6 +138,7 @@ class _Pricer:
         self.overlap = overlap(graph, cluster, self.links)
         self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
+        self.copied = copied(graph, live, cluster.platform)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
 
@@ -243,6 +245,10 @@ class _Pricer:
                 if node >= 0 and v in arguments:
                     self.costs[node] += usage * _ARGUMENT
                 uses[span] = uses[span] + usage if span in uses else usage
+                if v in self.copied:
+                    usage = self.copy_usage(v, self.choices_of(group.id), mapping)
+                    span = self.copied[v]
+                    uses[span] = uses[span] + usage if span in uses else usage
             if node < 0:
                 node = self.fixed_memory(uses)
             else:
@@ -272,6 +278,13 @@ class _Pricer:
             self.cache[key] = np.ceil(nbytes / split)
         out: Costs = self.cache[key]
         return out
+
+    def copy_usage(self, v: int, choices: tuple[Axes, ...], mapping: DimMap) -> Costs:
+        """Bytes of a table's copy in other tiles, under every choice."""
+        inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
+        kind = self.graph.values[v].type
+        axes = [tuple(inverse[e] if e >= 0 else e for e in c) for c in choices]
+        return np.array([copy_bytes(kind, a, self.sizes) for a in axes])
 
     # copies
 

@@ -93,7 +93,7 @@ def search(
         tuple(hints),
         limit,
         decide(tied, hints),
-        liveness(graph, fusion.stored, [p for p in state if p[0] in graph.donated]),
+        liveness(graph, fusion.stored, [p for p in state if p[0] in graph.donated], fusion.filled),
         fusion,
         tuple(state),
     )

@@ -1,0 +1,139 @@
+"""Operations run in an order that their operands allow, and a step's updates run early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+
+from autoshard.state import state_pairs
+from autoshard.trace import Traced, trace
+from passes.fusion import fuse
+from passes.liveness import Liveness, liveness
+from passes.relaid import copied, copy_bytes
+
+ZOO: dict[str, Callable[[], Any]] = {
+    "gpt": partial(zoo.gpt2_small_unrolled, layers=2, batch=4),
+    "gpt scanned": partial(zoo.gpt2_small_scan, layers=2, batch=4),
+    "conv_net": partial(zoo.conv_net, blocks=1),
+    "dlrm": zoo.dlrm,
+    "decode": partial(zoo.gpt_decode, layers=2),
+}
+
+
+def lived(traced: Traced, platform: str) -> Liveness:
+    graph = traced.graph
+    fusion = fuse(graph, platform)
+    pairs = [p for p in state_pairs(traced) if p[0] in graph.donated]
+    return liveness(graph, fusion.stored, pairs, fusion.filled)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", ZOO)
+def test_every_operation_runs_once_after_what_it_reads(name: str, platform: str) -> None:
+    fn, args = ZOO[name]()
+    traced = trace(fn, *args, donate_argnums=(0,))
+    graph, live = traced.graph, lived(traced, platform)
+    assert sorted(live.order) == list(range(len(graph.ops)))
+    makers = graph.producers()
+    for op in graph.ops:
+        for v in op.inputs:
+            assert makers[v] < 0 or live.when[makers[v]] < live.when[op.id]
+    for region in graph.regions:
+        steps = live.when[region.begin : region.end]
+        if region.id:  # what lies in a region lies together
+            assert list(steps) == list(range(steps[0], steps[0] + len(steps)))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_is_donated_is_read_before_its_place_is_taken(name: str) -> None:
+    fn, args = ZOO[name]()
+    traced = trace(fn, *args, donate_argnums=(0,))
+    graph, live = traced.graph, lived(traced, "tpu")
+    makers, readers = graph.producers(), graph.consumers()
+    for given, result in state_pairs(traced):
+        if given in graph.donated and makers[result] >= 0:
+            last = live.when[makers[result]]
+            before = [o for o, _ in readers[given] if o < makers[result]]
+            assert all(live.when[o] < last for o in before)
+
+
+def table_step(optimizer: Any, clip: bool) -> tuple[Any, tuple[Any, ...]]:
+    """A step of eight tables, whose gradients are each as large as a table."""
+    rows, width = 4096, 128
+    if clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+
+    def step(state: Any, picked: Any) -> Any:
+        tables, memory = state
+
+        def loss(tables: Any) -> Any:
+            return sum(jnp.sum(t[picked] ** 2) for t in tables)
+
+        grads = jax.grad(loss)(tables)
+        updates, memory = optimizer.update(grads, memory, tables)
+        return optax.apply_updates(tables, updates), memory
+
+    tables = [jax.ShapeDtypeStruct((rows, width), jnp.float32)] * 8
+    state = (tables, jax.eval_shape(optimizer.init, tables))
+    return step, (state, jax.ShapeDtypeStruct((64,), jnp.int32))
+
+
+def gradients_at_once(fn: Any, args: Any) -> int:
+    """The most gradients that lie in memory together."""
+    traced = trace(fn, *args, donate_argnums=(0,))
+    live = lived(traced, "tpu")
+    made = [op.outputs[0] for op in traced.graph.ops if op.name == "scatter-add"]
+    there = np.zeros(live.steps + 1, int)
+    for v in made:
+        begin, end = live.spans[v]
+        there[begin:end] += 1
+    return int(there.max())
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adagrad(0.1), optax.adamw(0.1)])
+def test_a_gradient_is_used_up_before_the_next_is_made(optimizer: Any) -> None:
+    assert gradients_at_once(*table_step(optimizer, clip=False)) == 1
+
+
+def test_gradients_wait_for_their_norm() -> None:
+    assert gradients_at_once(*table_step(optax.sgd(0.1), clip=True)) == 8
+
+
+def test_zeros_of_a_gradient_are_arrays_on_gpu_and_wait_there() -> None:
+    fn, args = table_step(optax.sgd(0.1), clip=False)
+    traced = trace(fn, *args, donate_argnums=(0,))
+    for platform, zeros in (("gpu", 8), ("tpu", 0)):
+        fusion, live = fuse(traced.graph, platform), lived(traced, platform)
+        assert len(fusion.filled) == zeros
+        first = min(live.when[op.id] for op in traced.graph.ops if op.name == "scatter-add")
+        assert all(live.spans[v][0] < first for v in fusion.filled)
+
+
+def test_a_narrow_table_of_few_rows_has_a_copy_in_whole_tiles_on_tpu() -> None:
+    def step(state: Any, picked: Any) -> Any:
+        table, sums = state
+        grads = jax.grad(lambda t: jnp.sum(t[picked] ** 2))(table)
+        sums = sums + grads**2
+        return table - grads / jnp.sqrt(sums + 1e-6), sums
+
+    table = jax.ShapeDtypeStruct((1 << 16, 32), jnp.float32)
+    args = ((table, table), jax.ShapeDtypeStruct((64,), jnp.int32))
+    traced = trace(step, *args, donate_argnums=(0,))
+    graph, live = traced.graph, lived(traced, "tpu")
+    spans = copied(graph, live, "tpu")
+    gradient = next(op.outputs[0] for op in graph.ops if op.name == "scatter-add")
+    assert set(spans) == {*graph.inputs[:2], gradient}
+    assert all(spans[v][0] == 0 for v in graph.inputs[:2])
+    whole = graph.values[gradient].type
+    assert copy_bytes(whole, (-1,), (8,)) == 4 * whole.nbytes  # 128 columns for 32
+    assert copy_bytes(whole, (0,), (8,)) == whole.nbytes / 2
+    assert copy_bytes(whole, (1,), (8,)) == 0  # so few columns are laid back at once
+    assert copied(graph, live, "gpu") == {}
