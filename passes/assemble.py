@@ -27,7 +27,7 @@ from passes.ir.plan import (
     signature_of,
 )
 from passes.ir.sharding import PARTIAL, Sharding
-from passes.op_cost import OpCost
+from passes.op_cost import NEAR, OpCost
 from passes.price import Priced
 from passes.relaid import copied, copy_bytes
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps, waited_seconds
@@ -146,7 +146,8 @@ class Held:
 def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> Iterator[Held]:
     """All that lies in memory: every value, and resharded copies where they live.
 
-    Summands lie there as they are made, while they are summed.
+    A result that is made otherwise than it is kept lies there twice, such as summands while they
+    are summed, but where a TPU hands it on in its VMEM.
     """
     graph, live = priced.graph, priced.live
     for value in graph.values:
@@ -159,6 +160,8 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
         if size:
             yield Held(begin, end, size, v, values[v], True)
+    fitted = priced.cluster.chip.fitted
+    near = 0.0 if fitted is None else NEAR * fitted.vmem
     last: dict[int, int] = {}
     for (op, _), copy in priced.copies.items():
         last[copy] = max(last.get(copy, 0), live.when[op])
@@ -166,8 +169,8 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         sent = any(m.kind != "slice" for m in c.moves)
         begin = live.when[c.op]
         if c.side == "result":
-            if sent:
-                size = local_bytes(c.nbytes, c.source, priced)
+            size = local_bytes(c.nbytes, c.source, priced)
+            if sent and size > near:
                 yield Held(begin, begin + 1, size, c.value, c.source, True)
             continue
         if not (sent or live.stored[c.value]):

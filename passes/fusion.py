@@ -150,7 +150,10 @@ class _Fuser:
                 self.inner[v] = self.inner[given]
 
     def _stack(self, op: Op) -> None:
-        """A step's part is written into the whole stack, by whoever makes it."""
+        """A step's part is written into the whole stack, by whoever makes it.
+
+        What was updated in place is read for that once more.
+        """
         v = op.inputs[0]
         behind = self._source(v)
         kernel = self.inner.get(v) or self.kernels.join(op, behind, self.values[v].type.size)
@@ -162,7 +165,8 @@ class _Fuser:
         else:
             return  # a copy from one stack to another; nobody computes it
         self.kernels.pay(kernel, at, behind)
-        self.kernels.add(at, v, float(self.nbytes[v]))
+        again = 1 + (self.graph.ops[maker].name in IN_PLACE)
+        self.kernels.add(at, v, float(again * self.nbytes[v]))
 
     def _product(self, op: Op) -> None:
         kernel = self.kernels.start(op, self.values[op.outputs[0]].type.size, op)

@@ -35,7 +35,7 @@ _MOST_TAPS = 128
 # wait for them. Chosen on tests/accuracy's programs for v5e:4x4, where the error of compute over
 # the ILP and FSDP plans is 9 % with 0.3 and 13 % without; of a transformer block of 2048 x 2048 on
 # 8 devices it is 5 %, and 40 % with half of it.
-_NEAR = 0.3
+NEAR = 0.3
 
 
 class _Local(NamedTuple):
@@ -82,7 +82,7 @@ class OpCost:
     ) -> None:
         self.graph, self.fusion, self.layouts = graph, fusion, layouts
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
-        self.near = _NEAR * cluster.chip.fitted.vmem if cluster.chip.fitted else 0.0
+        self.near = NEAR * cluster.chip.fitted.vmem if cluster.chip.fitted else 0.0
         self.known: dict[tuple[int, int], _Facts] = {}  # by rule and traffic
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
 
