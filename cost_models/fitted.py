@@ -14,6 +14,8 @@ They are fitted to XLA:TPU's own `estimated_cycles` by tests/accuracy/fit_comput
   up to it. Reading a product's operands and writing its result takes a little longer per element.
 * While a kernel computes, the next one's operands are fetched into memory on the chip; a product
   that computes longer than it reads has one operand there. `product.fetched_ahead` says which.
+* A product that converts an operand from float32 in its kernel, as from weights kept so, is slower
+  on v5p and v6e than one of what is bfloat16 already.
 * Transposes are copies, or what the layout of a neighbour absorbs. Gathers, scatters and sorts have
   no estimate at all: they are priced by their traffic, which is a lower bound.
 * A product with a side of one does not use the matrix unit. It is a multiplication and a sum.
@@ -26,6 +28,9 @@ from dataclasses import dataclass, field
 
 # Elements of a row of a tile, on every TPU: jax-ml.github.io/scaling-book/tpus
 LANES = 128
+
+# As a dtype of a product: bfloat16, an operand of which its kernel converts from float32.
+CONVERTED = "converted"
 
 # What is no loop over an array, and has a price per element of its own.
 MOVES = ("concatenate", "cumulative")
@@ -40,8 +45,8 @@ class Fitted:
     same, more, where it is one operation that nothing is fused with. product_start,
     product_element, product_narrow: the same of a product, per element of operands and result, and
     of the result. unit: elements along a side of the matrix unit. vmem: bytes of memory on the
-    chip. efficiency: per dtype of the operands the share of bfloat16's peak. conv_efficiency: the
-    share of that which convolutions reach. moves: seconds per element of what moves data, by kind,
+    chip. efficiency: per dtype of the operands, or CONVERTED, the share of bfloat16's peak.
+    conv_efficiency: the share of that which convolutions reach. moves: seconds per element of what moves data, by kind,
     one of MOVES.
     """
 

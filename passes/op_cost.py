@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
-from cost_models.fitted import LANES
+from cost_models.fitted import CONVERTED, LANES
 from cost_models.product import conv_seconds, fetched_ahead, product_seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink
@@ -153,11 +153,21 @@ class OpCost:
     def _product(self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local) -> float:
         batch, m, n, k = self._sizes(op.rule, strategy)
         chip, dtype = self.chip, self._dtype(op)
+        if chip.fitted and CONVERTED in chip.fitted.efficiency and self._converts(op, traffic):
+            dtype = CONVERTED
         ahead = fetched_ahead(chip, local.flops, dtype, local.moved, local.of_operand[:2])
         moved = local.moved - ahead
         out = "float32" if traffic.wide else "bfloat16"
         time = product_seconds(chip, batch, m, n, k, dtype, moved, out) * traffic.runs
         return max(time, local.work)
+
+    def _converts(self, op: Op, traffic: Traffic) -> bool:
+        """Whether a product of bfloat16 reads an operand that is kept in twice as many bytes."""
+        return any(
+            self.graph.values[v].type.dtype == "bfloat16"
+            and sum(n for n, _ in moved) > 1.9 * self.graph.values[v].type.nbytes
+            for v, moved in zip(op.inputs[:2], traffic.moved, strict=False)
+        )
 
     def _sizes(self, rule: Rule, strategy: Strategy) -> tuple[int, int, int, int]:
         """batch, m, n, k of one device."""
