@@ -46,8 +46,8 @@ class Fitted:
     product_element, product_narrow: the same of a product, per element of operands and result, and
     of the result. unit: elements along a side of the matrix unit. vmem: bytes of memory on the
     chip. efficiency: per dtype of the operands, or CONVERTED, the share of bfloat16's peak.
-    conv_efficiency: the share of that which convolutions reach. moves: seconds per element of what moves data, by kind,
-    one of MOVES.
+    conv_efficiency: the share of that which convolutions reach. moves: seconds per element of what
+    moves data, by kind, one of MOVES.
     """
 
     stream: float

@@ -33,3 +33,13 @@ def sums_whole(platform: str) -> bool:
     v5e, v5p and v6e, products of 1024 to 8192 columns (jax 0.10.2, libtpu 0.0.42.1).
     """
     return platform == "tpu"
+
+
+def fills_early(cluster: Cluster) -> bool:
+    """Whether constants that are made as arrays are made when a step begins.
+
+    XLA:GPU schedules what waits for nothing first where it hides latencies: on H100, H200 and B200,
+    but on A100 it makes them when they are used (a step of DLRM; jax 0.10.2).
+    """
+    major = str(cluster.compiler.get("cuda_compute_capability", "0")).partition(".")[0]
+    return int(major) >= 9

@@ -32,7 +32,7 @@ _READILY = 2
 class Fusion:
     """stored: per value whether it has memory of its own. traffic: per operation what it pays.
 
-    kept: bytes of values as they are kept and sent. filled: constants made as arrays, beforehand.
+    kept: bytes of values as they are kept and sent. filled: constants made as arrays.
     """
 
     stored: tuple[bool, ...]

@@ -44,12 +44,14 @@ def liveness(
     has_memory: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
+    fills_early: bool = False,
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
-    aliases: (donated input, output) pairs that share a buffer. filled: constants made beforehand.
+    aliases: (donated input, output) pairs that share a buffer. filled, fills_early: as
+    of `schedule`.
     """
-    order = schedule(graph, has_memory, aliases, filled)
+    order = schedule(graph, has_memory, aliases, filled, fills_early)
     when = [0] * len(order)
     for step, o in enumerate(order):
         when[o] = step

@@ -6,7 +6,7 @@ longer than they must. A trace updates all of the state at the end; XLA's schedu
 what frees most memory first, do not (seen in compiled programs for TPU and GPU).
 
 Only what stores nothing but results of the function, or scalars, runs early: it needs no memory of
-its own. So do constants that are made as arrays. Operations in loops stay where they are.
+its own. Some compilers so make constants too. Operations in loops stay where they are.
 """
 
 from __future__ import annotations
@@ -24,21 +24,39 @@ def schedule(
     stored: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
+    fills_early: bool = False,
 ) -> tuple[int, ...]:
     """Ids of all operations in the order in which they run.
 
     stored: whether a value has memory. aliases: (donated input, output) pairs that share a buffer.
-    filled: constants made as arrays as soon as they can be.
+    filled: constants that are made as arrays; fills_early: when a step begins, not for a reader.
     """
-    after = _latest(graph, stored, aliases, filled)
-    return tuple(sorted(range(len(graph.ops)), key=lambda o: (after[o], o)))
+    ready = [
+        all(not stored[v] or v in filled or _needs_little(graph, v) for v in op.outputs)
+        and not (op.region or op.effects or op.is_link)
+        for op in graph.ops
+    ]
+    after = _latest(graph, ready, aliases)
+    place = [(float(a), float(o)) for o, a in enumerate(after)]
+    for op in graph.ops if not fills_early else ():
+        if not filled.isdisjoint(op.outputs):
+            readers = [place[c] for v in op.outputs for c, _ in graph.consumers()[v]]
+            first = min(readers, default=place[op.id])
+            place[op.id] = first[0], first[1] - 0.5
+    return tuple(sorted(range(len(graph.ops)), key=place.__getitem__))
 
 
-def _latest(
-    graph: Graph, stored: Sequence[bool], aliases: Sequence[tuple[int, int]], filled: Set[int]
-) -> list[int]:
-    """Per operation the one after which it runs: itself, the last that it waits for, or -1."""
-    results, given = set(graph.outputs), {result: v for v, result in aliases}
+def _needs_little(graph: Graph, v: int) -> bool:
+    """Whether a value needs no memory to speak of: its place is there, or it is small."""
+    return v in graph.outputs or graph.values[v].type.nbytes <= _SMALL
+
+
+def _latest(graph: Graph, ready: Sequence[bool], aliases: Sequence[tuple[int, int]]) -> list[int]:
+    """Per operation the one after which it runs: itself, the last that it waits for, or -1.
+
+    ready: those that run as soon as they can.
+    """
+    given = {result: v for v, result in aliases}
     producers, consumers = graph.producers(), graph.consumers()
     after: list[int] = []
     for op in graph.ops:
@@ -46,12 +64,7 @@ def _latest(
         for old in (given[v] for v in op.outputs if v in given):
             waits += [reader for reader, _ in consumers[old] if reader < op.id]
         last = max((_end(graph, after[o]) for o in waits if o >= 0), default=-1)
-        early = all(
-            not stored[v] or v in results or v in filled or graph.values[v].type.nbytes <= _SMALL
-            for v in op.outputs
-        )
-        early = early and not (op.region or op.effects or op.is_link)
-        after.append(last if early else op.id)
+        after.append(last if ready[op.id] else op.id)
     return after
 
 

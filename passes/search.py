@@ -20,6 +20,7 @@ from passes.assemble import assemble, cost_of
 from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
+from passes.compiler import fills_early
 from passes.decisions import Decisions, decide
 from passes.fusion import Fusion, fuse
 from passes.hints import HintError
@@ -87,13 +88,14 @@ def search(
     fused = attention(graph) if fused_attention else NONE
     fusion = fuse(graph, cluster.platform, fused)
     tied = replace(graph, ties=(*graph.ties, *state))
+    given = [p for p in state if p[0] in graph.donated]
     setting = Setting(
         graph,
         cluster,
         tuple(hints),
         limit,
         decide(tied, hints),
-        liveness(graph, fusion.stored, [p for p in state if p[0] in graph.donated], fusion.filled),
+        liveness(graph, fusion.stored, given, fusion.filled, fills_early(cluster)),
         fusion,
         tuple(state),
     )
