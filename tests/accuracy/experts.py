@@ -7,7 +7,7 @@ left out. Then prints all of OUT. A step is the compiled schedule replayed: XLA:
 and the collectives by our prices. All are compiled with the options of a plan.
 
 tests/data/experts_tpu_v5e_4x4.jsonl is what was found with jax 0.10.2 and libtpu 0.0.42.1; not all
-versions are in it yet, and our own plans of it are those of an earlier planner.
+versions are in it yet, and our own plan of gpt_1p3b is that of an earlier planner.
 """
 
 from __future__ import annotations

@@ -66,10 +66,6 @@ def feed_forward(width: int = 1024, use: zoo.Use = zoo.as_it_is) -> zoo.Job:
 
 @pytest.mark.slow
 @pytest.mark.libtpu
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="8 % slower than tp: XLA makes an all-to-all twice that the plan has once",
-)
 def test_a_plan_is_as_fast_as_the_best_of_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [
         Version("dp", (4, 1), DATA),
