@@ -109,6 +109,12 @@ def read(path: Path) -> dict[str, Any]:
     out["network"] = [
         _level(level, f"{path} [[network]] {k + 1}") for k, level in enumerate(out["network"])
     ]
+    capability = out["compiler"].get("cuda_compute_capability", "0.0")
+    if not re.fullmatch(r"\d+\.\d+a?", str(capability)):
+        raise ClusterFileError(
+            f"{path} [compiler]: cuda_compute_capability is {capability!r}, not such as '9.0' or "
+            "'9.0a'"
+        )
     return out
 
 

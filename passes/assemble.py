@@ -29,7 +29,7 @@ from passes.ir.plan import (
 from passes.ir.sharding import PARTIAL, Sharding
 from passes.op_cost import NEAR, OpCost
 from passes.price import Priced
-from passes.relaid import copied, copy_bytes
+from passes.relaid import copy_bytes
 from passes.reshard import Step, reshard_seconds, reshard_sent, steps, waited_seconds
 from passes.solve.problem import Solution
 from passes.strategies import (
@@ -156,7 +156,7 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
             axes = values[value.id]
             size = local_bytes(priced.fusion.kept.of_value[value.id], axes, priced)
             yield Held(begin, end, size, value.id, axes, False)
-    for v, (begin, end) in copied(graph, live, priced.cluster.platform).items():
+    for v, (begin, end) in priced.copied.items():
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
         if size:
             yield Held(begin, end, size, v, values[v], True)

@@ -166,7 +166,7 @@ class _Fuser:
         else:
             return  # a copy from one stack to another; nobody computes it
         self.kernels.pay(kernel, at, behind)
-        again = 1 + (self.graph.ops[maker].name in IN_PLACE)
+        again = 1 + (maker >= 0 and self.graph.ops[maker].name in IN_PLACE)
         self.kernels.add(at, v, float(again * self.nbytes[v]))
 
     def _product(self, op: Op) -> None:

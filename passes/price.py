@@ -67,7 +67,7 @@ class Priced:
     that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
     constant: seconds that no choice changes. only: per group its sole choice where it has no node.
     layouts: what strategies want and make, as far as it was asked.
-    narrow: copies that are sent as narrow readers want them.
+    narrow: copies that are sent as narrow readers want them. copied: as of passes.relaid.
     """
 
     graph: Graph
@@ -88,6 +88,7 @@ class Priced:
     layouts: Layouts
     narrow: frozenset[int]
     overlap: Overlap
+    copied: Mapping[int, tuple[int, int]]
 
 
 def price(
@@ -196,6 +197,7 @@ class _Pricer:
             self.layouts,
             frozenset(self.narrow),
             self.overlap,
+            self.copied,
         )
 
     def group_choices(self, group: Group) -> tuple[Axes, ...]:

@@ -38,9 +38,10 @@ def schedule(
     ]
     after = _latest(graph, ready, aliases)
     place = [(float(a), float(o)) for o, a in enumerate(after)]
+    consumers = graph.consumers()
     for op in graph.ops if not fills_early else ():
-        if not filled.isdisjoint(op.outputs):
-            readers = [place[c] for v in op.outputs for c, _ in graph.consumers()[v]]
+        if ready[op.id] and not filled.isdisjoint(op.outputs):
+            readers = [place[_ends(graph, c)[0]] for v in op.outputs for c, _ in consumers[v]]
             first = min(readers, default=place[op.id])
             place[op.id] = first[0], first[1] - 0.5
     return tuple(sorted(range(len(graph.ops)), key=place.__getitem__))
@@ -63,14 +64,14 @@ def _latest(graph: Graph, ready: Sequence[bool], aliases: Sequence[tuple[int, in
         waits = [producers[v] for v in op.inputs]
         for old in (given[v] for v in op.outputs if v in given):
             waits += [reader for reader, _ in consumers[old] if reader < op.id]
-        last = max((_end(graph, after[o]) for o in waits if o >= 0), default=-1)
+        last = max((_ends(graph, after[o])[1] for o in waits if o >= 0), default=-1)
         after.append(last if ready[op.id] else op.id)
     return after
 
 
-def _end(graph: Graph, o: int) -> int:
-    """The operation, or the last one of the outermost region around it."""
+def _ends(graph: Graph, o: int) -> tuple[int, int]:
+    """The first and the last operation of the outermost region around one: itself at the top."""
     region = graph.regions[graph.ops[o].region]
     while region.parent:
         region = graph.regions[region.parent]
-    return region.end - 1 if region.id else o
+    return (region.begin, region.end - 1) if region.id else (o, o)

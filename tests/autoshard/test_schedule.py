@@ -28,6 +28,9 @@ ZOO: dict[str, Callable[[], Any]] = {
 }
 
 
+PICKED = jax.ShapeDtypeStruct((64,), jnp.int32)
+
+
 def lived(traced: Traced, platform: str, fills_early: bool = True) -> Liveness:
     graph = traced.graph
     fusion = fuse(graph, platform)
@@ -85,7 +88,7 @@ def table_step(optimizer: Any, clip: bool) -> tuple[Any, tuple[Any, ...]]:
 
     tables = [jax.ShapeDtypeStruct((rows, width), jnp.float32)] * 8
     state = (tables, jax.eval_shape(optimizer.init, tables))
-    return step, (state, jax.ShapeDtypeStruct((64,), jnp.int32))
+    return step, (state, PICKED)
 
 
 def gradients_at_once(fn: Any, args: Any) -> int:
@@ -123,6 +126,25 @@ def test_zeros_of_a_gradient_are_arrays_on_gpu(early: bool) -> None:
     assert not fuse(traced.graph, "tpu").filled
 
 
+def test_a_constant_for_a_region_is_made_before_it() -> None:
+    def fn(x: Any, picked: Any) -> Any:
+        nothing = jnp.zeros_like(x)
+
+        @jax.checkpoint
+        def part(y: Any) -> Any:
+            return jnp.where(jnp.sin(y) > 1, jnp.cos(y), nothing)
+
+        return part(x) + jnp.zeros_like(x).at[picked].add(1.0)
+
+    traced = trace(fn, jax.ShapeDtypeStruct((4096, 64), jnp.float32), PICKED)
+    graph, live = traced.graph, lived(traced, "gpu", fills_early=False)
+    assert len(fuse(graph, "gpu").filled) == 2
+    assert sorted(live.order) == list(range(len(graph.ops)))
+    for region in graph.regions[1:]:
+        steps = live.when[region.begin : region.end]
+        assert list(steps) == list(range(steps[0], steps[0] + len(steps)))
+
+
 def test_a_narrow_table_of_few_rows_has_a_copy_in_whole_tiles_on_tpu() -> None:
     def step(state: Any, picked: Any) -> Any:
         table, sums = state
@@ -131,7 +153,7 @@ def test_a_narrow_table_of_few_rows_has_a_copy_in_whole_tiles_on_tpu() -> None:
         return table - grads / jnp.sqrt(sums + 1e-6), sums
 
     table = jax.ShapeDtypeStruct((1 << 16, 32), jnp.float32)
-    args = ((table, table), jax.ShapeDtypeStruct((64,), jnp.int32))
+    args = ((table, table), PICKED)
     traced = trace(step, *args, donate_argnums=(0,))
     graph, live = traced.graph, lived(traced, "tpu")
     spans = copied(graph, live, "tpu")

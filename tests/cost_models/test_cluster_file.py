@@ -85,6 +85,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("shape = [2, 4]", "shape = '2x4'", "shape is '2x4', not a list such as [2, 8]"),
         ("[[network]]", "[[net]]", "unknown key 'net'"),
         ("shape = [2, 4]", "shape = [2, 4", "is no TOML"),
+        (
+            "shape = [2, 4]",
+            "shape = [2, 4]\ncompiler = {cuda_compute_capability = 'sm_90'}",
+            "[compiler]: cuda_compute_capability is 'sm_90', not such as '9.0'",
+        ),
     ],
 )
 def test_a_wrong_file_says_where_and_what(tmp_path: Path, old: str, new: str, message: str) -> None:
