@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,6 +12,25 @@ import jax
 from autoshard.compiled import Profile, profile
 from cost_models.cluster import Cluster
 from cost_models.units import parse_bytes
+
+# Without a device XLA:GPU can not try which tiles a product takes. It asks a table, and gives up on
+# some shapes that the table does not have, such as 6304 x 768 (ViT-B of 197 places on 8 devices;
+# jax 0.10.2). cuBLAS, which takes any, is asked then.
+_NO_TILES = "Couldn't find output tile sizes"
+_CUBLAS = {"xla_gpu_enable_triton_gemm": "False"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a compiler made of a program.
+
+    compiled: None where it does not fit; needed: the bytes it wanted then. added: options that it
+    had to be given beside those asked for.
+    """
+
+    compiled: Profile | None
+    needed: float
+    added: Mapping[str, str]
 
 
 class CompilerRefused(RuntimeError):
@@ -23,21 +43,24 @@ def ask_compiler(
     sizes: Sequence[int],
     options: Mapping[str, Any],
     name: str,
-) -> tuple[Profile | None, float]:
-    """What the compiled program does; where it does not fit, None and the bytes it wanted.
-
-    Raises CompilerRefused.
-    """
-    try:
-        return profile(lowered.compile(compiler_options=dict(options)), cluster, sizes), 0.0
-    except jax.errors.JaxRuntimeError as e:
-        found = out_of_memory(str(e))
-        if found is None:
-            first = next((line for line in str(e).splitlines() if line.strip()), "")
-            raise CompilerRefused(
-                f"the compiler for {cluster} does not take {name}: {first[:400]}"
-            ) from e
-        return None, found
+) -> Answer:
+    """What the compiled program does, or that it does not fit. Raises CompilerRefused."""
+    added: Mapping[str, str] = {}
+    while True:
+        try:
+            compiled = lowered.compile(compiler_options={**options, **added})
+            return Answer(profile(compiled, cluster, sizes), 0.0, added)
+        except jax.errors.JaxRuntimeError as e:
+            if _NO_TILES in str(e) and not {**options, **added}.keys() & _CUBLAS.keys():
+                added = _CUBLAS
+                continue
+            found = out_of_memory(str(e))
+            if found is None:
+                first = next((line for line in str(e).splitlines() if line.strip()), "")
+                raise CompilerRefused(
+                    f"the compiler for {cluster} does not take {name}: {first[:400]}"
+                ) from e
+            return Answer(None, found, added)
 
 
 def out_of_memory(message: str) -> float | None:

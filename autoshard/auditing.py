@@ -28,6 +28,7 @@ class Audit:
     compiled: Profile | None
     needed: float
     options: Mapping[str, Any]
+    added: Mapping[str, str]
 
     @property
     def fits(self) -> bool:
@@ -58,5 +59,14 @@ def audit(
     name = str(getattr(fn, "__name__", "function"))
     lowered, mesh = lowered_for(fn, args, devices or target_devices(hardware))
     options = dict(compiler_options or {})
-    compiled, needed = ask_compiler(lowered, hardware, tuple(n for _, n in mesh), options, name)
-    return Audit(name, str(hardware), mesh, hardware.memory_limit, compiled, needed, options)
+    found = ask_compiler(lowered, hardware, tuple(n for _, n in mesh), options, name)
+    return Audit(
+        name,
+        str(hardware),
+        mesh,
+        hardware.memory_limit,
+        found.compiled,
+        found.needed,
+        options,
+        found.added,
+    )

@@ -48,6 +48,9 @@ def head(v: Verification | Audit) -> list[str]:
     lines = [("compiled", f"for {v.cluster}, mesh {mesh}, by its own compiler, without hardware")]
     if v.options:
         lines.append(("options", " ".join(f"{k}={o}" for k, o in v.options.items())))
+    if v.added:
+        added = " ".join(f"{k}={o}" for k, o in v.added.items())
+        lines.append(("note", f"{added} too: without hardware it finds no tiles for Triton"))
     limit = format_bytes(v.memory_limit)
     if v.compiled is None:
         wants = f"{format_bytes(v.needed)} of " if v.needed else "more than "

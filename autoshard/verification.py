@@ -49,6 +49,7 @@ class Verification:
 
     compiled: None where the compiler found that the program does not fit; needed: the bytes it said
     it wanted then. unseen: by line, bytes per device and step that the plan sends and XLA does not.
+    added: options that the compiler had to be given beside `options`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Verification:
     seen: tuple[Seen, ...]
     unseen: tuple[tuple[str, float], ...]
     options: Mapping[str, Any]
+    added: Mapping[str, str]
     solver: str = ""
     others: tuple[Verification, ...] = ()
 
@@ -98,21 +100,20 @@ def verify(
     Raises CompilerRefused where the compiler finds fault with more than the program's memory.
     """
     cluster = Cluster.from_dict(plan.cluster)
-    compiled, needed = ask_compiler(
-        lower(devices), cluster, plan.mesh_axes.sizes, options, plan.name
-    )
-    seen, unseen = match(plan, compiled.collectives if compiled else ())
+    found = ask_compiler(lower(devices), cluster, plan.mesh_axes.sizes, options, plan.name)
+    seen, unseen = match(plan, found.compiled.collectives if found.compiled else ())
     return Verification(
         name=plan.name,
         cluster=str(cluster),
         mesh=plan.mesh,
         memory_limit=plan.memory_limit,
         predicted=plan.cost,
-        compiled=compiled,
-        needed=needed,
+        compiled=found.compiled,
+        needed=found.needed,
         seen=seen,
         unseen=unseen,
         options=dict(options),
+        added=found.added,
         solver=plan.solver,
     )
 

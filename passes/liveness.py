@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from passes.ir.graph import Graph, Op
-from passes.schedule import schedule
+from passes.ir.graph import LOOPS, Graph, Op
+from passes.schedule import ORDINARY, Habits, schedule
 
 # What XLA does in place: a part of an operand is overwritten.
 IN_PLACE = frozenset(
@@ -44,14 +44,13 @@ def liveness(
     has_memory: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
-    fills_early: bool = False,
+    habits: Habits = ORDINARY,
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
-    aliases: (donated input, output) pairs that share a buffer. filled, fills_early: as
-    of `schedule`.
+    aliases: (donated input, output) pairs that share a buffer. filled, habits: as of `schedule`.
     """
-    order = schedule(graph, has_memory, aliases, filled, fills_early)
+    order = schedule(graph, has_memory, aliases, filled, habits)
     when = [0] * len(order)
     for step, o in enumerate(order):
         when[o] = step
@@ -129,7 +128,7 @@ def _last_read(graph: Graph, op: Op, home: int, when: Sequence[int]) -> int:
     region = op.region
     while region and region != home:
         r = graph.regions[region]
-        if r.kind in ("scan", "while_body", "while_cond"):
+        if r.kind in LOOPS:
             last = max(last, when[r.end - 1] + 1)
         region = r.parent
     return last

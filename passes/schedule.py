@@ -6,17 +6,35 @@ longer than they must. A trace updates all of the state at the end; XLA's schedu
 what frees most memory first, do not (seen in compiled programs for TPU and GPU).
 
 Only what stores nothing but results of the function, or scalars, runs early: it needs no memory of
-its own. Some compilers so make constants too. Operations in loops stay where they are.
+its own. What is the compiler's own way, `Habits` says. Other operations in loops stay where they
+are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
+from passes.chains import PRODUCTS
 from passes.ir.graph import Graph
 
 # Bytes of a value that is no reason to wait: a norm, a step count, a statistic of one dim.
 _SMALL = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What a compiler's scheduler does its own way.
+
+    fills_early: constants that are made as arrays are made when a step begins, not for a reader.
+    gradients_late: in a loop, the products that make gradients of stacked weights run last.
+    """
+
+    fills_early: bool = False
+    gradients_late: bool = False
+
+
+ORDINARY = Habits()
 
 
 def schedule(
@@ -24,12 +42,12 @@ def schedule(
     stored: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
-    fills_early: bool = False,
+    habits: Habits = ORDINARY,
 ) -> tuple[int, ...]:
     """Ids of all operations in the order in which they run.
 
     stored: whether a value has memory. aliases: (donated input, output) pairs that share a buffer.
-    filled: constants that are made as arrays; fills_early: when a step begins, not for a reader.
+    filled: constants that are made as arrays.
     """
     ready = [
         all(not stored[v] or v in filled or _needs_little(graph, v) for v in op.outputs)
@@ -39,12 +57,41 @@ def schedule(
     after = _latest(graph, ready, aliases)
     place = [(float(a), float(o)) for o, a in enumerate(after)]
     consumers = graph.consumers()
-    for op in graph.ops if not fills_early else ():
+    for op in graph.ops if not habits.fills_early else ():
         if ready[op.id] and not filled.isdisjoint(op.outputs):
             readers = [place[_ends(graph, c)[0]] for v in op.outputs for c, _ in consumers[v]]
             first = min(readers, default=place[op.id])
             place[op.id] = first[0], first[1] - 0.5
+    for o, stack in _gradients(graph).items() if habits.gradients_late else ():
+        place[o] = stack - 0.5, float(o)
     return tuple(sorted(range(len(graph.ops)), key=place.__getitem__))
+
+
+def _gradients(graph: Graph) -> dict[int, int]:
+    """Per product that only gradients wait for, and what follows it: the first stack of them.
+
+    A loop's gradient of what it takes its weights from is stacked to an array of the same shape.
+    """
+    consumers, producers = graph.consumers(), graph.producers()
+    given = {graph.values[v].type.shape for v in graph.inputs}
+    stacks = {
+        op.id
+        for op in graph.ops
+        if op.name == "scan_stack" and graph.values[op.outputs[0]].type.shape in given
+    }
+    waiting: dict[int, int] = {}
+    for op in reversed(graph.ops):
+        if op.is_link or op.effects or not op.region:
+            continue
+        readers = [c for v in op.outputs for c, _ in consumers[v]]
+        if readers and all(c in stacks or c in waiting for c in readers):
+            waiting[op.id] = min(waiting.get(c, c) for c in readers)
+    late: dict[int, int] = {}
+    for o in sorted(waiting):
+        op = graph.ops[o]
+        if op.name in PRODUCTS or any(producers[v] in late for v in op.inputs):
+            late[o] = waiting[o]
+    return late
 
 
 def _needs_little(graph: Graph, v: int) -> bool:

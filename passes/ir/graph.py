@@ -20,6 +20,7 @@ from passes.ir.rule import Rule
 
 ValueKind = Literal["argument", "constant", "literal", "result"]
 RegionKind = Literal["top", "scan", "while_cond", "while_body", "branch", "remat", "call", "manual"]
+LOOPS = frozenset({"scan", "while_cond", "while_body"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,13 @@ class Graph:
             out *= self.regions[region].trips
             region = self.regions[region].parent
         return out
+
+    def around(self, region: int) -> tuple[int, ...]:
+        """The region, the one it is in, and so on to the top."""
+        out = [region]
+        while out[-1]:
+            out.append(self.regions[out[-1]].parent)
+        return tuple(out)
 
     def producers(self) -> tuple[int, ...]:
         """Per value the id of the op that makes it, or -1."""

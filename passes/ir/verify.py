@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from passes.ir.graph import Graph, Op
+from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.rule import Rule
 from passes.ir.text import value_names
 
-LOOPS = frozenset({"scan", "while_cond", "while_body"})
 LOOP_BODY_LINKS = frozenset({"loop_next", "scan_slice", "scan_stack"})
 
 Check = Callable[[Graph], Iterator[str]]

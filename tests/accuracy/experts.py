@@ -53,9 +53,9 @@ def judge_expert(name: str, version: Version, cluster: Cluster, file: Path | Non
     """What an expert's version of a program does, by the target's own compiler."""
     program = Kept(expert_versions.lowered(EXPERTS[name], version, target_devices(cluster)), file)
     options = compiler_options(cluster)
-    found, needed = ask_compiler(program, cluster, version.mesh, options, version.name)
-    mesh = mesh_text(version)
-    return {"version": version.name, "mesh": mesh, **judged(found, needed, cluster.memory_limit)}
+    found = ask_compiler(program, cluster, version.mesh, options, version.name)
+    seen = judged(found.compiled, found.needed, cluster.memory_limit)
+    return {"version": version.name, "mesh": mesh_text(version), **seen}
 
 
 def mesh_text(version: Version) -> str:

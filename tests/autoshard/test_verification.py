@@ -13,7 +13,7 @@ import zoo
 
 import autoshard
 from autoshard import targets
-from autoshard.ask_compiler import out_of_memory
+from autoshard.ask_compiler import CompilerRefused, ask_compiler, out_of_memory
 from autoshard.targets import NoCompiler, gpu_target, target_devices
 from autoshard.verification import match
 from cost_models.cluster import cluster
@@ -36,6 +36,33 @@ def step(params: dict[str, jax.Array], x: jax.Array) -> Any:
 
 
 ARGS = ({"w1": f32(512, 2048), "w2": f32(2048, 512)}, f32(256, 512))
+
+
+class Picky:
+    """A lowered program that XLA:GPU finds no tiles for, unless it is told to ask cuBLAS."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def compile(self, compiler_options: dict[str, str]) -> Any:
+        if compiler_options.get("xla_gpu_enable_triton_gemm") != "False":
+            raise jax.errors.JaxRuntimeError(self.message)
+        return jax.jit(two_layers).lower(f32(8, 8), f32(8, 8), f32(8, 8)).compile()
+
+
+def test_a_product_without_tiles_is_left_to_cublas_and_that_is_said() -> None:
+    picky: Any = Picky("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.399")
+    found = ask_compiler(picky, cluster("h100:8"), (8,), {}, "step")
+    assert found.compiled is not None
+    assert found.added == {"xla_gpu_enable_triton_gemm": "False"}
+    plan = autoshard.plan(step, *ARGS, cluster="cpu:8")
+    told = dataclasses.replace(plan.verify(), added=found.added)
+    assert "xla_gpu_enable_triton_gemm=False" in str(told)
+    with pytest.raises(CompilerRefused, match="does not take step"):
+        ask_compiler(picky, cluster("h100:8"), (8,), {"xla_gpu_enable_triton_gemm": "True"}, "step")
+    other: Any = Picky("INTERNAL: something else")
+    with pytest.raises(CompilerRefused, match="something else"):
+        ask_compiler(other, cluster("h100:8"), (8,), {}, "step")
 
 
 @pytest.mark.parametrize("solver", ["ilp", "dp", "fsdp", "tp"])
