@@ -7,7 +7,7 @@ exactly: with the resharded copies, which the problem leaves out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from passes.ir.plan import (
     signature_of,
 )
 from passes.ir.sharding import PARTIAL, Sharding
+from passes.lent import Span, lent
 from passes.op_cost import NEAR, OpCost
 from passes.price import Priced
 from passes.relaid import copy_bytes
@@ -180,18 +181,38 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         yield Held(begin, end + 1, size, c.value, c.target, True)
 
 
-def memory(priced: Priced, found: Iterable[Held]) -> npt.NDArray[np.float64]:
+def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:
     """Bytes per device at each step of the program."""
     change = np.zeros(priced.live.steps + 1)
-    for h in found:
+    inside = _lent(priced, found) if priced.cluster.platform == "gpu" else frozenset[int]()
+    for k, h in enumerate(found):
+        if k in inside:
+            continue
         change[h.begin] += h.nbytes
         change[h.end] -= h.nbytes
     return np.cumsum(change)
 
 
+def _lent(priced: Priced, found: Sequence[Held]) -> frozenset[int]:
+    """Places of what lies in the memory of results that are not there yet."""
+    graph, live = priced.graph, priced.live
+    makers, results = graph.producers(), set(graph.outputs)
+    idle, needed, places = list[Span](), list[Span](), list[int]()
+    for k, h in enumerate(found):
+        maker = makers[h.value]
+        if h.value in results and h.begin == 0 and maker >= 0 and not h.copy:
+            begin = graph.regions[graph.ops[maker].region].begin  # a stack: its loop's first step
+            stack = graph.ops[maker].name == "scan_stack"
+            idle.append(Span(0, live.when[begin if stack else maker], h.nbytes))
+        elif h.value not in results and maker >= 0:
+            needed.append(Span(h.begin, h.end, h.nbytes))
+            places.append(k)
+    return frozenset(places[i] for i in lent(idle, needed))
+
+
 def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> float:
     """Bytes per device at the fullest moment, resharded copies counted where they live."""
-    return float(memory(priced, held(priced, values, changed)).max(initial=0.0))
+    return float(memory(priced, list(held(priced, values, changed))).max(initial=0.0))
 
 
 def local_bytes(nbytes: float, axes: Axes, priced: Priced) -> float:

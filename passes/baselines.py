@@ -188,7 +188,7 @@ def _column_or_row(
     if not chosen or shape[chosen[0]] % size:
         _follow(graph, o, size, split)
         return
-    d = max(chosen, key=lambda i: shape[i])
+    d = chosen[0]  # of columns as (head, feature) the heads
     if fresh:
         out[root if root is not None else w] = _soft(w, len(shape), {d: (axis,)}, 1)
     for r, dim in enumerate(rule.results[0]):

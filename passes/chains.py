@@ -82,6 +82,8 @@ class Chains:
             return False
         if op.name in PRODUCTS:
             return self.tpu or maker.name in MOVES or maker.is_link or self.clips(maker)
+        if op.name == "gather" and not self.tpu:  # it computes the few elements that it picks
+            return True
         return self.fuses(op) or reduces(op)
 
     def clips(self, op: Op) -> bool:

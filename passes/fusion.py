@@ -236,7 +236,12 @@ class _Fuser:
         ops = [self.graph.ops[n] for n in behind.ops]
         if self.chains.clips(ops[-1]):  # a ReLU, of what a bias was added to
             return all(op.name in (*MOVES, "add") or op is ops[-1] for op in ops)
-        return all(op.name in MOVES for op in ops)
+        return all(op.name in MOVES and not self._narrows(op) for op in ops)
+
+    def _narrows(self, op: Op) -> bool:
+        """Whether it makes fewer bytes than it reads: XLA:GPU's products read what is fewer."""
+        given, made = (self.values[v].type for v in (op.inputs[0], op.outputs[0]))
+        return made.dtype != given.dtype and made.nbytes < given.nbytes
 
     def _root(
         self, op: Op, elements: int, *, keep: Iterable[int] | None = None, late: bool = False

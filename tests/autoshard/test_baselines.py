@@ -63,3 +63,18 @@ def test_each_is_searched_on_the_meshes_that_suit_it(solver: str, axes: set[int]
     plan = planned(solver, None)
     meshes = [plan.mesh, *(dict(a.mesh) for a in plan.alternatives)]
     assert {len(m) for m in meshes} == axes
+
+
+def test_tensor_parallel_splits_heads_and_not_their_features() -> None:
+    def attention(p: dict[str, Any], x: Any) -> Any:
+        q, k, v = (jnp.einsum("bsw,whd->bshd", x, p[name]) for name in "qkv")
+        weights = jnp.exp(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+        return jnp.einsum("bqhd,hdw->bqw", jnp.einsum("bhqk,bkhd->bqhd", weights, v), p["o"])
+
+    params = {name: jnp.zeros((256, 4, 64)) for name in "qkv"} | {"o": jnp.zeros((4, 64, 256))}
+    x = jnp.zeros((8, 32, 256))
+    mesh = {"data": 4, "model": 2}
+    plan = autoshard.plan(attention, params, x, cluster="h100:8", mesh=mesh, solver="tp")
+    found = specs(plan)
+    assert all(found[name] == ((), ("model",), ()) for name in "qkv")
+    assert found["o"] == (("model",), (), ())
