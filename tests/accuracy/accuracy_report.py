@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collect import ROWS, Row, read_rows
+from collect import ROWS, UNFITTED, Row, read_rows
 
 from cost_models.units import format_bytes, format_seconds
 
@@ -138,6 +138,10 @@ def report(rows: Sequence[Row]) -> str:
     """The whole page."""
     clusters = sorted({r["cluster"] for r in rows})
     parts = [_HEAD, _versions(rows), "\n## In short\n", _summary(rows, clusters)]
+    strangers = [r for r in rows if r["program"] in UNFITTED]
+    if strangers:
+        seen = [c for c in clusters if any(r["cluster"] == c for r in strangers)]
+        parts += [_STRANGERS, _summary(strangers, seen)]
     for cluster in clusters:
         parts.append(f"\n## {cluster}\n")
         parts.append(_details([r for r in rows if r["cluster"] == cluster]))
@@ -149,7 +153,7 @@ _HEAD = """# How accurate the predictions are
 Every figure below is a prediction of `autoshard.plan` beside what the real compiler made of that
 plan, without the hardware: `make accuracy` plans each program, compiles it for the cluster (extra
 `verify-tpu`; for GPUs the two wheels that [the README](../README.md) names), reads the compiled
-program, and writes this page. `tests/accuracy/accuracy_programs.py` has the programs.
+program, and writes this page. The programs are in `tests/accuracy/*_programs.py`.
 
 * **Memory** is the fullest moment of one device, as XLA's buffer assignment has it. Where the
   program does not fit, it is what the compiler says that it wanted.
@@ -160,6 +164,15 @@ program, and writes this page. `tests/accuracy/accuracy_programs.py` has the pro
   `cost_models.collectives`, beside compute where the schedule runs them so.
 
 No hardware was used; neither is the step of a real device.
+"""
+
+
+_STRANGERS = """
+## Programs that no constant was fitted to
+
+Of those above, the plans of library_programs.py (flax, haiku, equinox) and further_programs.py,
+which were written when the constants stood. What was learnt from them since is how XLA works (in
+which order, what it keeps), and no number.
 """
 
 

@@ -20,7 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accuracy_programs import PROGRAMS
+import accuracy_programs
+import further_programs
+import library_programs
 
 import autoshard
 from autoshard.targets import target_devices
@@ -30,9 +32,16 @@ from passes.search import NoFeasiblePlan
 SOLVERS = ("ilp", "fsdp", "tp", "fsdp+tp", "dp")
 ROWS = Path(__file__).parents[1] / "data" / "accuracy.jsonl"
 
+# Programs that no constant was fitted to, and all.
+UNFITTED = {**library_programs.PROGRAMS, **further_programs.PROGRAMS}
+PROGRAMS = {**accuracy_programs.PROGRAMS, **UNFITTED}
+
 # Those that are no train steps, and give nothing away.
 KEEPS = frozenset(
-    {"decode", "gpt_forward", "llama_forward", "long_attention", "long_blockwise", "video"}
+    {
+        *("decode", "gpt_forward", "llama_forward", "long_attention", "long_blockwise", "video"),
+        *("flax_gpt_forward", "long_queries"),
+    }
 )
 
 Row = dict[str, Any]
