@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from passes.ir.graph import LOOPS, Graph, Op
+from passes.ir.graph import Graph, Op
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"})
 
@@ -39,7 +39,6 @@ class Chains:
         self.values, self.consumers = graph.values, graph.consumers()
         self.producers = graph.producers()
         self.results = frozenset(graph.outputs)
-        self.around = [graph.around(r.id) for r in graph.regions]
         self.one_hot = frozenset(
             op.id for op in graph.ops if tpu and _is_one_hot(graph, op, self.producers)
         )
@@ -60,19 +59,7 @@ class Chains:
             return True
         if not (self.fuses(maker) or maker.name == "scan_slice") or maker.effects:
             return False
-        readers = [self.graph.ops[c] for c, _ in self.consumers[v]]
-        if any(self._in_loop(op, maker) for op in readers) and not self._sinks(maker):
-            return False
-        return all(self._absorbs(op, maker) for op in readers)
-
-    def _in_loop(self, op: Op, maker: Op) -> bool:
-        """Whether a reader is in the body of a loop that its operand is made before."""
-        inside = set(self.around[op.region]) - set(self.around[maker.region])
-        return any(self.graph.regions[r].kind in LOOPS for r in inside)
-
-    def _sinks(self, maker: Op) -> bool:
-        """Whether XLA makes it in the loop, each time: on TPU what only repeats a smaller value."""
-        return self.tpu and maker.name == "broadcast_in_dim"
+        return all(self._absorbs(self.graph.ops[c], maker) for c, _ in self.consumers[v])
 
     def _absorbs(self, op: Op, maker: Op) -> bool:
         """Whether a reader can compute the maker's result by itself."""

@@ -170,13 +170,6 @@ class Graph:
             region = self.regions[region].parent
         return out
 
-    def around(self, region: int) -> tuple[int, ...]:
-        """The region, the one it is in, and so on to the top."""
-        out = [region]
-        while out[-1]:
-            out.append(self.regions[out[-1]].parent)
-        return tuple(out)
-
     def producers(self) -> tuple[int, ...]:
         """Per value the id of the op that makes it, or -1."""
         out = [-1] * len(self.values)

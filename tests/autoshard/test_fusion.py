@@ -71,20 +71,39 @@ def test_elsewhere_no_reduction_runs_in_a_products_kernel() -> None:
     assert moved(fusion) == 4 * (512 * 256 + 256 * 128 + 2 * 512 * 128 + 512)
 
 
-def test_elsewhere_a_conversion_brings_no_arithmetic_into_a_product() -> None:
-    """A library call may convert; what is computed before that is a kernel of its own."""
+def test_elsewhere_a_product_reads_the_narrower_side_of_a_conversion() -> None:
+    """And it takes no arithmetic in."""
 
     def narrowed(x: Any, w: Any) -> Any:
-        return jnp.tanh(x).astype(jnp.bfloat16) @ w
-
-    def widened(x: Any, w: Any) -> Any:
         return x.astype(jnp.bfloat16) @ w
 
-    w = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
-    graph = trace(narrowed, f32(512, 256), w).graph
+    def widened(x: Any, w: Any) -> Any:
+        return x.astype(jnp.float32) @ w
+
+    def computed(x: Any, w: Any) -> Any:
+        return jnp.tanh(x).astype(jnp.float32) @ w
+
+    narrow, wide = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16), f32(256, 128)
+    graph = trace(narrowed, f32(512, 256), jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)).graph
     assert kept(graph, fuse(graph, "gpu")) == ["convert_element_type", "dot_general"]
-    graph = trace(widened, f32(512, 256), w).graph
+    graph = trace(widened, narrow, wide).graph
     assert kept(graph, fuse(graph, "gpu")) == ["dot_general"]
+    graph = trace(computed, narrow, wide).graph
+    assert kept(graph, fuse(graph, "gpu")) == ["convert_element_type", "dot_general"]
+
+
+def test_elsewhere_what_is_picked_from_is_computed_where_it_is_picked() -> None:
+    def picked(scores: Any, labels: Any) -> Any:
+        wide = scores.astype(jnp.float32)
+        return jnp.take_along_axis(wide, labels[:, None], axis=1)[:, 0] - wide.max(axis=1)
+
+    scores = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
+    graph = trace(picked, scores, jax.ShapeDtypeStruct((512,), jnp.int32)).graph
+    large = [
+        op.outputs[0] for op in graph.ops if graph.values[op.outputs[0]].type.size == 512 << 10
+    ]
+    assert large
+    assert not any(fuse(graph, "gpu").stored[v] for v in large)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
