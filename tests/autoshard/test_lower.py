@@ -437,3 +437,16 @@ def test_lowers_and_compiles_for_a_tpu_topology(name: str) -> None:
     plan = autoshard.plan(case.fn, *case.args, cluster="tpu-v5e:2x4", mesh={"data": 4, "model": 2})
     compiled = plan.lower(topology.devices).compile()
     assert compiled.memory_analysis() is not None
+
+
+def test_what_is_made_of_no_argument_is_not_constrained() -> None:
+    def masked(x: Any, w: Any) -> Any:
+        scores = x @ w
+        return jnp.where(jnp.tril(jnp.ones(scores.shape, bool)), scores, -1e30).sum(axis=1)
+
+    x, w = jnp.ones((64, 32)), jnp.ones((32, 64))
+    plan = autoshard.plan(masked, x, w, cluster="cpu:8", mesh={"data": 8}, solver="dp")
+    lines = [line for line in plan.lower().as_text().splitlines() if "sharding_constraint" in line]
+    assert lines
+    assert not any("xi1>" in line for line in lines)
+    assert jnp.allclose(plan.compile()(x, w), masked(x, w))
