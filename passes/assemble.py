@@ -39,6 +39,7 @@ from passes.strategies import (
     group_of,
     parts,
 )
+from passes.tile_padding import padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         begin, end = live.spans[value.id]
         if begin < end:
             axes = values[value.id]
-            size = local_bytes(priced.fusion.kept.of_value[value.id], axes, priced)
+            size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
             yield Held(begin, end, size, value.id, axes, False)
     for v, (begin, end) in priced.copied.items():
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
@@ -170,14 +171,14 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         sent = any(m.kind != "slice" for m in c.moves)
         begin = live.when[c.op]
         if c.side == "result":
-            size = local_bytes(c.nbytes, c.source, priced)
+            size = lying_bytes(c.value, c.nbytes, c.source, priced)
             if sent and size > near:
                 yield Held(begin, begin + 1, size, c.value, c.source, True)
             continue
         if not (sent or live.stored[c.value]):
             continue
         end = last[c.shared] if c.side == "copy" else begin
-        size = local_bytes(c.nbytes, c.target, priced)
+        size = lying_bytes(c.value, c.nbytes, c.target, priced)
         yield Held(begin, end + 1, size, c.value, c.target, True)
 
 
@@ -218,6 +219,18 @@ def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change
 def local_bytes(nbytes: float, axes: Axes, priced: Priced) -> float:
     """Bytes one device holds of a value with this sharding."""
     return math.ceil(nbytes / Sharding(axes).shards(priced.mesh.sizes))
+
+
+def lying_bytes(v: int, nbytes: float, axes: Axes, priced: Priced) -> float:
+    """Bytes that a value, or a copy of it, takes in one device's memory: on TPU in whole tiles."""
+    size = local_bytes(nbytes, axes, priced)
+    if priced.cluster.platform != "tpu":
+        return size
+    shape = list(priced.graph.values[v].shape)
+    for d, n in zip(axes, priced.mesh.sizes, strict=True):
+        if d >= 0:
+            shape[d] = -(-shape[d] // n)
+    return size * padded(shape)
 
 
 @dataclass(frozen=True, slots=True)

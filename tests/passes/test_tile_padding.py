@@ -1,0 +1,30 @@
+"""An array in whole tiles is no smaller, and larger by no more than its best layout makes it."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from passes.tile_padding import padded
+
+DIMS = st.integers(1, 40) | st.sampled_from([64, 127, 128, 197, 200, 256, 1000])
+
+
+def laid(shape: tuple[int, ...]) -> int:
+    """Elements of an array laid with its last dim along the lanes and the one before in rows."""
+    *outer, rows, lanes = shape
+    whole = next(t for t in (1, 2, 4, 8) if rows <= t or t == 8)
+    return math.prod(outer) * -(-rows // whole) * whole * -(-lanes // 128) * 128
+
+
+@given(st.lists(DIMS, min_size=2, max_size=4).filter(lambda shape: max(shape) > 1))
+def test_it_is_the_least_of_all_layouts(shape: list[int]) -> None:
+    best = min(laid(order) for order in permutations(shape))
+    assert math.isclose(padded(shape) * math.prod(shape), best)
+
+
+def test_whole_tiles_waste_nothing() -> None:
+    assert padded((8, 128)) == padded((1024, 3, 128, 16)) == padded((2, 1, 256)) == 1.0
