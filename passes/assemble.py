@@ -230,7 +230,7 @@ def lying_bytes(v: int, nbytes: float, axes: Axes, priced: Priced) -> float:
     for d, n in zip(axes, priced.mesh.sizes, strict=True):
         if d >= 0:
             shape[d] = -(-shape[d] // n)
-    return size * padded(shape)
+    return size * padded(shape, priced.fusion.outer[v])
 
 
 @dataclass(frozen=True, slots=True)

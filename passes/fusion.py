@@ -20,6 +20,7 @@ from passes.ir.graph import Graph, Op
 from passes.kernels import Behind, Kernel, Kernels, Traffic
 from passes.liveness import IN_PLACE
 from passes.stored_bytes import StoredBytes, stored_bytes
+from passes.tile_padding import outer_dims
 
 # How many times the bytes of keeping a value XLA:TPU moves rather than keep it: a guess. Over 45
 # plans for v5e (tests/accuracy) 4 was nearer to the compiler than weighing bytes (compute 15 % off
@@ -32,13 +33,15 @@ _READILY = 2
 class Fusion:
     """stored: per value whether it has memory of its own. traffic: per operation what it pays.
 
-    kept: bytes of values as they are kept and sent. filled: constants made as arrays.
+    kept: bytes of values as they are kept and sent. filled: constants made as arrays. outer: per
+    value dims that are not minor in memory, on TPU.
     """
 
     stored: tuple[bool, ...]
     traffic: tuple[Traffic, ...]
     kept: StoredBytes
     filled: frozenset[int] = frozenset()
+    outer: tuple[frozenset[int], ...] = ()
 
 
 def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
@@ -58,7 +61,8 @@ def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
     stored = tuple(
         (s or v in filled) and v not in inside.inside for v, s in enumerate(fuser.stored)
     )
-    return Fusion(stored, fuser.kernels.traffic(), kept, filled)
+    outer = outer_dims(graph) if platform == "tpu" else ()
+    return Fusion(stored, fuser.kernels.traffic(), kept, filled, outer)
 
 
 def _filled(graph: Graph) -> frozenset[int]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from itertools import permutations
 
+import jax
+import jax.numpy as jnp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.tile_padding import padded
+from autoshard.trace import trace
+from passes.tile_padding import outer_dims, padded
 
 DIMS = st.integers(1, 40) | st.sampled_from([64, 127, 128, 197, 200, 256, 1000])
 
@@ -28,3 +31,16 @@ def test_it_is_the_least_of_all_layouts(shape: list[int]) -> None:
 
 def test_whole_tiles_waste_nothing() -> None:
     assert padded((8, 128)) == padded((1024, 3, 128, 16)) == padded((2, 1, 256)) == 1.0
+
+
+def test_the_batch_of_a_product_stays_outside() -> None:
+    def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.einsum("bqhd,bkhd->bhqk", q, k)).sum(axis=3)
+
+    shape = jax.ShapeDtypeStruct((2, 9, 16, 64), jnp.float32)
+    graph = trace(scores, shape, shape).graph
+    outer = outer_dims(graph)
+    found = {op.name: outer[op.outputs[0]] for op in graph.ops}
+    assert found["dot_general"] == found["exp"] == {0, 1}
+    assert not found["reduce_sum"]
+    assert padded((2, 16, 9, 9), outer[graph.ops[0].outputs[0]]) == 16 * 128 / 81
