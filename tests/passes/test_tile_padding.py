@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autoshard.trace import trace
 from passes.tile_padding import outer_dims, padded
 
-DIMS = st.integers(1, 40) | st.sampled_from([64, 127, 128, 197, 200, 256, 1000])
+DIMS = st.integers(2, 40) | st.sampled_from([64, 127, 128, 197, 200, 256, 1000])
 
 
 def laid(shape: tuple[int, ...]) -> int:
@@ -23,10 +23,15 @@ def laid(shape: tuple[int, ...]) -> int:
     return math.prod(outer) * -(-rows // whole) * whole * -(-lanes // 128) * 128
 
 
-@given(st.lists(DIMS, min_size=2, max_size=4).filter(lambda shape: max(shape) > 1))
+@given(st.lists(DIMS, min_size=2, max_size=4))
 def test_it_is_the_least_of_all_layouts(shape: list[int]) -> None:
     best = min(laid(order) for order in permutations(shape))
     assert math.isclose(padded(shape) * math.prod(shape), best)
+
+
+@given(st.lists(DIMS, max_size=3), st.integers(0, 3))
+def test_dims_of_one_do_not_matter(shape: list[int], at: int) -> None:
+    assert padded([*shape[:at], 1, *shape[at:]]) == padded(shape)
 
 
 def test_whole_tiles_waste_nothing() -> None:
