@@ -45,22 +45,38 @@ def ask_compiler(
     name: str,
 ) -> Answer:
     """What the compiled program does, or that it does not fit. Raises CompilerRefused."""
-    added: Mapping[str, str] = {}
-    while True:
-        try:
-            compiled = lowered.compile(compiler_options={**options, **added})
-            return Answer(profile(compiled, cluster, sizes), 0.0, added)
-        except jax.errors.JaxRuntimeError as e:
-            if _NO_TILES in str(e) and not {**options, **added}.keys() & _CUBLAS.keys():
-                added = _CUBLAS
-                continue
-            found = out_of_memory(str(e))
-            if found is None:
-                first = next((line for line in str(e).splitlines() if line.strip()), "")
-                raise CompilerRefused(
-                    f"the compiler for {cluster} does not take {name}: {first[:400]}"
-                ) from e
-            return Answer(None, found, added)
+    try:
+        return _asked(lowered, cluster, sizes, options, {})
+    except jax.errors.JaxRuntimeError as e:
+        if _NO_TILES not in str(e) or options.keys() & _CUBLAS.keys():
+            raise _refused(cluster, name, e) from e
+    try:
+        return _asked(lowered, cluster, sizes, options, _CUBLAS)
+    except jax.errors.JaxRuntimeError as e:
+        raise _refused(cluster, name, e) from e
+
+
+def _asked(
+    lowered: jax.stages.Lowered,
+    cluster: Cluster,
+    sizes: Sequence[int],
+    options: Mapping[str, Any],
+    added: Mapping[str, str],
+) -> Answer:
+    """Raises jax.errors.JaxRuntimeError where it is not for memory that the compiler refuses."""
+    try:
+        compiled = lowered.compile(compiler_options={**options, **added})
+        return Answer(profile(compiled, cluster, sizes), 0.0, added)
+    except jax.errors.JaxRuntimeError as e:
+        wanted = out_of_memory(str(e))
+        if wanted is None:
+            raise
+        return Answer(None, wanted, added)
+
+
+def _refused(cluster: Cluster, name: str, error: Exception) -> CompilerRefused:
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return CompilerRefused(f"the compiler for {cluster} does not take {name}: {first[:400]}")
 
 
 def out_of_memory(message: str) -> float | None:

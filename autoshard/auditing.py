@@ -19,7 +19,11 @@ from cost_models.cluster import cluster as read_cluster
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What a program does. compiled: None where it does not fit; needed: bytes it wants."""
+    """What a program does.
+
+    compiled: None where it does not fit; needed: bytes it wants. added: options that the compiler
+    had to be given beside `options`.
+    """
 
     name: str
     cluster: str

@@ -226,10 +226,7 @@ def lying_bytes(v: int, nbytes: float, axes: Axes, priced: Priced) -> float:
     size = local_bytes(nbytes, axes, priced)
     if priced.cluster.platform != "tpu":
         return size
-    shape = list(priced.graph.values[v].shape)
-    for d, n in zip(axes, priced.mesh.sizes, strict=True):
-        if d >= 0:
-            shape[d] = -(-shape[d] // n)
+    shape = Sharding(axes).local_shape(priced.graph.values[v].shape, priced.mesh.sizes)
     return size * padded(shape, priced.fusion.outer[v])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cost_models.cluster import Cluster
-from passes.schedule import Habits
 
 # XLA:TPU may turn a product of a gathered operand into a loop that gathers the next part while it
 # multiplies this one ("windowed einsum"). It prices the many small products at up to twice the
@@ -36,13 +35,12 @@ def sums_whole(platform: str) -> bool:
     return platform == "tpu"
 
 
-def habits(cluster: Cluster) -> Habits:
-    """How the scheduler of this hardware's XLA differs from that of others.
+def hides_latencies(cluster: Cluster) -> bool:
+    """Whether XLA's scheduler here puts work between what it starts and what waits for it.
 
-    XLA:GPU schedules what waits for nothing first where it hides latencies: on H100, H200 and B200,
-    but on A100 it makes constants when they are used (a step of DLRM). Sums over devices of a
-    loop's gradients are made as one, at the end of the body, and the gradients just before (steps
-    of GPT and LLaMA on A100 and H100; jax 0.10.2).
+    XLA:GPU does on H100, H200 and B200: it makes constants first, as they wait for nothing, and the
+    gradients of a loop's weights last, before the one sum of all of them (steps of GPT, LLaMA and
+    RetNet on 8 H100). On A100 both are made when it needs least memory (GPT, DLRM; jax 0.10.2).
     """
     major = str(cluster.compiler.get("cuda_compute_capability", "0")).partition(".")[0]
-    return Habits(fills_early=int(major) >= 9, gradients_late=cluster.platform == "gpu")
+    return int(major) >= 9

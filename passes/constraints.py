@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import Axes, Reshard
-from passes.ir.rule import Dim, Rule
 from passes.ir.sharding import BROADCAST, PARTIAL
 from passes.price import Priced
 from passes.reshard import path
@@ -99,8 +98,7 @@ def _constrained(priced: Priced, values: Sequence[Axes]) -> list[Axes | None]:
     """
     graph, group_of_value = priced.graph, priced.decisions.group_of
     out: list[Axes | None] = [None] * len(graph.values)
-    tpu = priced.cluster.platform == "tpu"
-    made = set(range(len(graph.values))) if tpu else _made_of_arguments(graph)
+    free = set[int]() if priced.cluster.platform == "tpu" else of_no_argument(graph)
     keep = {*graph.inputs, *graph.outputs}
     for v in keep:
         out[v] = values[v]
@@ -109,20 +107,25 @@ def _constrained(priced: Priced, values: Sequence[Axes]) -> list[Axes | None]:
         for v in op.outputs:
             if PARTIAL in values[v] or graph.values[v].type.size <= 1:
                 continue
-            if v not in keep and v not in made:
-                continue
-            if v in keep or op.is_link or group_of_value[v] not in groups:
+            begins = v not in free and (op.is_link or group_of_value[v] not in groups)
+            if v in keep or begins:
                 out[v] = values[v]
     return out
 
 
-def _made_of_arguments(graph: Graph) -> set[int]:
-    """Values that depend on an argument, or on an effect."""
-    out = {v.id for v in graph.values if v.kind in ("argument", "constant")}
-    for op in graph.ops:
-        if op.effects or not out.isdisjoint(op.inputs):
-            out.update(op.outputs)
-    return out
+def of_no_argument(graph: Graph) -> set[int]:
+    """Values that depend on no argument and no effect, in whatever trip of a loop."""
+    found = {v.id for v in graph.values if v.kind in ("argument", "constant")}
+    known = -1
+    while known < len(found):
+        known = len(found)
+        for op in graph.ops:
+            if op.effects or not found.isdisjoint(op.inputs):
+                found.update(op.outputs)
+        for carry, after in graph.ties:
+            if after in found:
+                found.add(carry)
+    return {v.id for v in graph.values} - found
 
 
 def _reshards(
@@ -188,13 +191,8 @@ def _first(op: Op, k: int, made: Axes, kept: Axes) -> Axes | None:
     if PARTIAL not in made:
         return made
     sums = [a for a, e in enumerate(made) if e == PARTIAL]
-    batch = [d for d, dim in enumerate(op.rule.results[k]) if _is_batch(op.rule, dim)]
+    batch = [d for d, dim in enumerate(op.rule.results[k]) if op.rule.is_batch(dim)]
     several = len(sums) > 1 and any(kept[a] in batch and kept[a] in made for a in sums)
     if op.name == "gather" or several:
         return tuple(BROADCAST if e == PARTIAL else e for e in made)
     return None
-
-
-def _is_batch(rule: Rule, dim: Dim) -> bool:
-    """Whether this dim of a result is one of every operand's too."""
-    return all(any(set(d) & set(dim) for d in dims) for dims in rule.operands)

@@ -243,7 +243,11 @@ class _Fuser:
         return all(op.name in MOVES and not self._narrows(op) for op in ops)
 
     def _narrows(self, op: Op) -> bool:
-        """Whether it makes fewer bytes than it reads: XLA:GPU's products read what is fewer."""
+        """Whether it makes fewer bytes than it reads.
+
+        XLA:GPU's products read what is fewer: a step of a video transformer on 8 H100 keeps its
+        weights in bfloat16 beside float32 (jax 0.10.2).
+        """
         given, made = (self.values[v].type for v in (op.inputs[0], op.outputs[0]))
         return made.dtype != given.dtype and made.nbytes < given.nbytes
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from passes.ir.graph import LOOPS, Graph, Op
-from passes.schedule import ORDINARY, Habits, schedule
+from passes.schedule import schedule
 
 # What XLA does in place: a part of an operand is overwritten.
 IN_PLACE = frozenset(
@@ -44,13 +44,14 @@ def liveness(
     has_memory: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
-    habits: Habits = ORDINARY,
+    hides_latencies: bool = False,
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
-    aliases: (donated input, output) pairs that share a buffer. filled, habits: as of `schedule`.
+    aliases: (donated input, output) pairs that share a buffer. filled, hides_latencies: as of
+    `schedule`.
     """
-    order = schedule(graph, has_memory, aliases, filled, habits)
+    order = schedule(graph, has_memory, aliases, filled, hides_latencies)
     when = [0] * len(order)
     for step, o in enumerate(order):
         when[o] = step

@@ -6,14 +6,13 @@ longer than they must. A trace updates all of the state at the end; XLA's schedu
 what frees most memory first, do not (seen in compiled programs for TPU and GPU).
 
 Only what stores nothing but results of the function, or scalars, runs early: it needs no memory of
-its own. What is the compiler's own way, `Habits` says. Other operations in loops stay where they
-are.
+its own. A scheduler that hides latencies makes constants first, too, and in a loop the gradients
+of stacked weights last. Other operations in loops stay where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 
 from passes.chains import PRODUCTS
 from passes.ir.graph import Graph
@@ -22,32 +21,17 @@ from passes.ir.graph import Graph
 _SMALL = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Habits:
-    """What a compiler's scheduler does its own way.
-
-    fills_early: constants that are made as arrays are made when a step begins, not for a reader.
-    gradients_late: in a loop, the products that make gradients of stacked weights run last.
-    """
-
-    fills_early: bool = False
-    gradients_late: bool = False
-
-
-ORDINARY = Habits()
-
-
 def schedule(
     graph: Graph,
     stored: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
-    habits: Habits = ORDINARY,
+    hides_latencies: bool = False,
 ) -> tuple[int, ...]:
     """Ids of all operations in the order in which they run.
 
     stored: whether a value has memory. aliases: (donated input, output) pairs that share a buffer.
-    filled: constants that are made as arrays.
+    filled: constants that are made as arrays. hides_latencies: as of `passes.compiler`.
     """
     ready = [
         all(not stored[v] or v in filled or _needs_little(graph, v) for v in op.outputs)
@@ -57,12 +41,12 @@ def schedule(
     after = _latest(graph, ready, aliases)
     place = [(float(a), float(o)) for o, a in enumerate(after)]
     consumers = graph.consumers()
-    for op in graph.ops if not habits.fills_early else ():
+    for op in graph.ops if not hides_latencies else ():
         if ready[op.id] and not filled.isdisjoint(op.outputs):
             readers = [place[_ends(graph, c)[0]] for v in op.outputs for c, _ in consumers[v]]
             first = min(readers, default=place[op.id])
             place[op.id] = first[0], first[1] - 0.5
-    for o, stack in _gradients(graph).items() if habits.gradients_late else ():
+    for o, stack in _gradients(graph).items() if hides_latencies else ():
         place[o] = stack - 0.5, float(o)
     return tuple(sorted(range(len(graph.ops)), key=place.__getitem__))
 

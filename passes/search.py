@@ -20,7 +20,7 @@ from passes.assemble import assemble, cost_of
 from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
-from passes.compiler import habits
+from passes.compiler import hides_latencies
 from passes.decisions import Decisions, decide
 from passes.fusion import Fusion, fuse
 from passes.hints import HintError
@@ -95,7 +95,7 @@ def search(
         tuple(hints),
         limit,
         decide(tied, hints),
-        liveness(graph, fusion.stored, given, fusion.filled, habits(cluster)),
+        liveness(graph, fusion.stored, given, fusion.filled, hides_latencies(cluster)),
         fusion,
         tuple(state),
     )

@@ -25,9 +25,7 @@ def outer_dims(graph: Graph) -> tuple[frozenset[int], ...]:
     for op in graph.ops:
         for v, dims in zip(op.outputs, op.rule.results, strict=True):
             if op.name == "dot_general":
-                shared = [{f for dim in given for f in dim} for given in op.rule.operands]
-                batch = set.intersection(*shared)
-                out[v] = frozenset(d for d, dim in enumerate(dims) if set(dim) & batch)
+                out[v] = frozenset(d for d, dim in enumerate(dims) if op.rule.is_batch(dim))
             elif op.rule.fuses and not op.is_link:
                 shape = graph.values[v].type.shape
                 same = [u for u in op.inputs if graph.values[u].type.shape == shape]

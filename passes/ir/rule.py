@@ -56,6 +56,10 @@ class Rule:
     fuses: bool = False
     source: str = "hand"
 
+    def is_batch(self, dim: Dim) -> bool:
+        """Whether this dim of a result is one of every operand's too."""
+        return all(any(set(d) & set(dim) for d in dims) for dims in self.operands)
+
     @staticmethod
     def parse(
         text: str,

@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 import autoshard
 from autoshard.mesh import DevicesError, device_mesh
 from autoshard.same_numbers import difference
+from autoshard.trace import trace
+from passes.constraints import of_no_argument
 from passes.ir.mesh import Mesh
 
 
@@ -450,3 +452,20 @@ def test_what_is_made_of_no_argument_is_not_constrained() -> None:
     assert lines
     assert not any("xi1>" in line for line in lines)
     assert jnp.allclose(plan.compile()(x, w), masked(x, w))
+
+
+def test_a_carry_that_begins_with_zeros_depends_on_what_the_loop_adds() -> None:
+    def summed(xs: Any) -> Any:
+        def body(carry: Any, x: Any) -> Any:
+            total, count = carry
+            return (total + x, count + 1.0), jnp.sin(total) * jnp.cos(count)
+
+        zeros = jnp.zeros(xs.shape[1:])
+        return jax.lax.scan(body, (zeros, zeros), xs)[1]
+
+    graph = trace(summed, jnp.ones((4, 64, 8))).graph
+    free = of_no_argument(graph)
+    made = {op.name: op.outputs[0] in free for op in graph.ops}
+    assert not made["sin"]  # from the second trip on
+    assert made["cos"]
+    assert not made["mul"]
