@@ -32,8 +32,9 @@ LANES = 128
 # As a dtype of a product: bfloat16, an operand of which its kernel converts from float32.
 CONVERTED = "converted"
 
-# What is no loop over an array, and has a price per element of its own.
-MOVES = ("concatenate", "cumulative")
+# What is no loop over an array, and has a price per element of its own. `softmax`: a product's
+# kernel that goes on to the exponentials of its rows, less their maxima.
+MOVES = ("concatenate", "cumulative", "softmax")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ class Fitted:
     product_element, product_narrow: the same of a product, per element of operands and result, and
     of the result. unit: elements along a side of the matrix unit. vmem: bytes of memory on the
     chip. efficiency: per dtype of the operands, or CONVERTED, the share of bfloat16's peak.
-    conv_efficiency: the share of that which convolutions reach. moves: seconds per element of what
-    moves data, by kind, one of MOVES.
+    conv_efficiency: the share of that which convolutions reach. moves: seconds per element by kind,
+    one of MOVES.
     """
 
     stream: float

@@ -38,12 +38,14 @@ def product_seconds(
     dtype: str,
     moved_bytes: float,
     result_dtype: str = "",
+    rows: int = 8,
 ) -> float:
     """Seconds of one `dot_general` by the sizes on one device; k is contracted.
 
     dtype: of the operands. moved_bytes: what it reads from and writes to memory: less than all of
     operands and result where a neighbour is fused with it, or XLA keeps one in faster memory.
-    result_dtype: that of the operands where it is not given.
+    result_dtype: that of the operands where it is not given. rows: of a tile of the larger operand,
+    `vector.tile_rows`; they count where a side is one.
     """
     f = chip.fitted
     if f is None and chip.cores:
@@ -51,19 +53,20 @@ def product_seconds(
         return tile_seconds(chip, batch, m, n, k, dtype, moved_bytes, written)
     if f is None:
         return compute_seconds(chip, 2.0 * batch * m * n * k, moved_bytes, dtype, True)
-    return _fitted(chip, f, batch, m, n, k, dtype, moved_bytes, result_dtype or dtype)
+    out = result_dtype or dtype
+    if 1 in (m, n, k):
+        wide = out in ("float32", "int32") and k == 1
+        return kernel_seconds(chip, batch * m * n * k, moved_bytes, wide, rows=rows)
+    return _fitted(chip, f, batch, m, n, k, dtype, moved_bytes, out)
 
 
 def _fitted(
     chip: Chip, f: Fitted, batch: int, m: int, n: int, k: int, dtype: str, moved: float, out: str
 ) -> float:
-    wide = out in ("float32", "int32")
-    if m == 1 or n == 1 or k == 1:
-        return kernel_seconds(chip, batch * m * n * k, moved, wide and k == 1)
     written = batch * m * n
     touched = batch * k * (m + n) + written
     memory = moved / f.stream + touched * f.product_element
-    if not wide:
+    if out not in ("float32", "int32"):
         memory += written * f.product_narrow
     return f.product_start + max(
         padded_flops(batch, m, n, k, f.unit) / matrix_rate(chip, dtype), memory
@@ -118,8 +121,9 @@ def conv_seconds(
     memory = moved_bytes / f.stream
     if (result_dtype or dtype) not in ("float32", "int32"):
         memory += results * f.product_narrow
-    # A row of lanes is filled up; channels of less than a quarter of one share it among taps.
-    wide = _up(channels, LANES if 4 * channels >= LANES else LANES // 4)
+    # Features fill rows of lanes, channels a side of the matrix unit; those of less than a quarter
+    # of one share it among taps.
+    wide = _up(channels, f.unit if 4 * channels >= f.unit else f.unit // 4)
     flops = 2.0 * positions * _up(features, LANES) * taps * wide
     return f.product_start + max(flops / (matrix_rate(chip, dtype) * f.conv_efficiency), memory)
 

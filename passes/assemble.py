@@ -151,12 +151,13 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     A result that is made otherwise than it is kept lies there twice, such as summands while they
     are summed, but where a TPU hands it on in its VMEM.
     """
-    graph, live = priced.graph, priced.live
+    graph, live, parts = priced.graph, priced.live, priced.fusion.parts
     for value in graph.values:
         begin, end = live.spans[value.id]
         if begin < end:
             axes = values[value.id]
             size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
+            size *= parts.get(value.id, 1)
             yield Held(begin, end, size, value.id, axes, False)
     for v, (begin, end) in priced.copied.items():
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)

@@ -11,7 +11,7 @@ Which neighbours can share a kernel, `passes.chains` says; `passes.kernels` keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from passes.attention import NONE, Attention
@@ -21,11 +21,14 @@ from passes.kernels import Behind, Kernel, Kernels, Traffic
 from passes.liveness import IN_PLACE
 from passes.stored_bytes import StoredBytes, stored_bytes
 from passes.tile_padding import outer_dims
+from passes.weight_casts import WeightCast, weight_casts
 
 # How many times the bytes of keeping a value XLA:TPU moves rather than keep it: a guess. Over 45
 # plans for v5e (tests/accuracy) 4 was nearer to the compiler than weighing bytes (compute 15 % off
 # instead of 21, memory 8 instead of 10). Of a residual conv net 4 misses what XLA keeps of the sums
 # (memory 15 to 33 % too small); 2 is 11 to 13 % off there, and as near as 4 elsewhere.
+# Whether a value is above a constant, the mask of a ReLU, it computes again twice as readily: that
+# net keeps none.
 _READILY = 2
 
 
@@ -34,7 +37,7 @@ class Fusion:
     """stored: per value whether it has memory of its own. traffic: per operation what it pays.
 
     kept: bytes of values as they are kept and sent. filled: constants made as arrays. outer: per
-    value dims that are not minor in memory, on TPU.
+    value dims that are not minor in memory, on TPU. casts: weights that are converted once.
     """
 
     stored: tuple[bool, ...]
@@ -42,6 +45,12 @@ class Fusion:
     kept: StoredBytes
     filled: frozenset[int] = frozenset()
     outer: tuple[frozenset[int], ...] = ()
+    casts: tuple[WeightCast, ...] = ()
+
+    @property
+    def parts(self) -> dict[int, int]:
+        """How many slices of a stack lie in memory with the one of this value."""
+        return {c.values[0]: c.parts for c in self.casts if c.parts > 1}
 
 
 def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
@@ -50,19 +59,20 @@ def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
     inside: attention that a kernel of its own computes; none of its inner values are kept or moved.
     """
     kept = stored_bytes(graph, platform)
-    fuser = _Fuser(Chains(graph, kept.of_value, platform == "tpu"), inside).run()
+    casts = weight_casts(graph) if platform == "tpu" else ()
+    fuser = _Fuser(Chains(graph, kept.of_value, platform == "tpu"), inside, casts).run()
     if platform == "tpu":
         seen_whole = fuser.seen_whole()
         narrower = stored_bytes(graph, platform, seen_whole)
         if narrower.of_value != kept.of_value:
             kept = narrower
-            fuser = _Fuser(Chains(graph, kept.of_value, True), inside).run()
+            fuser = _Fuser(Chains(graph, kept.of_value, True), inside, casts).run()
     filled = _filled(graph) if platform == "gpu" else frozenset[int]()
     stored = tuple(
         (s or v in filled) and v not in inside.inside for v, s in enumerate(fuser.stored)
     )
     outer = outer_dims(graph) if platform == "tpu" else ()
-    return Fusion(stored, fuser.kernels.traffic(), kept, filled, outer)
+    return Fusion(stored, fuser.kernels.traffic(), kept, filled, outer, casts)
 
 
 def _filled(graph: Graph) -> frozenset[int]:
@@ -88,17 +98,24 @@ def _filled(graph: Graph) -> frozenset[int]:
 
 
 class _Fuser:
-    def __init__(self, chains: Chains, attention: Attention) -> None:
+    def __init__(
+        self, chains: Chains, attention: Attention, casts: Sequence[WeightCast] = ()
+    ) -> None:
         self.chains, self.graph, self.nbytes = chains, chains.graph, chains.nbytes
         self.values, self.consumers = chains.values, chains.consumers
         self.tpu, self.inside = chains.tpu, attention.inside
         self.stored = [v.kind != "literal" for v in chains.values]
         self.could = chains.could_be_inline()
+        self.again = {v: c.values[0] for c in casts for v in c.values[1:]}
+        for cast in casts:
+            self.could[cast.values[0]] = False
         self.ends = chains.ends(self.could)
         self.behind: dict[int, Behind] = {}
         self.inner: dict[int, Kernel] = {}  # values inside a product's kernel
+        self.soft: set[int] = set()  # what a product keeps of a softmax
         self.last: dict[int, Kernel] = {}  # what a product's kernel keeps at the end of its chain
-        self.kernels = Kernels(chains, attention)
+        stacks = {c.values[0] for c in casts if c.parts > 1}
+        self.kernels = Kernels(chains, attention, stacks)
 
     def run(self) -> _Fuser:
         for op in self.graph.ops:
@@ -121,6 +138,9 @@ class _Fuser:
     def visit(self, op: Op) -> None:
         if op.name in SAME:
             self._hand_on(op)
+        elif self.again.keys() & set(op.outputs):  # a weight that was converted before
+            v = op.outputs[0]
+            self.stored[v], self.behind[v] = False, self._source(self.again[v])
         elif op.name == "scan_slice":
             for v in op.outputs:
                 self.stored[v] = not self.could[v]
@@ -157,21 +177,29 @@ class _Fuser:
     def _stack(self, op: Op) -> None:
         """A step's part is written into the whole stack, by whoever makes it.
 
-        What was updated in place is read for that once more.
+        What a product makes is written by another kernel where it is laid out anew first, or where
+        it is a softmax. What was updated in place is read for that once more.
         """
         v = op.inputs[0]
         behind = self._source(v)
-        kernel = self.inner.get(v) or self.kernels.join(op, behind, self.values[v].type.size)
         maker = self.chains.producers[v]
+        home = self.graph.ops[maker] if maker >= 0 and not self.graph.ops[maker].is_link else op
+        size = self.values[v].type.size
+        kernel = self.inner.get(v) or self.kernels.join(home, behind, size)
+        if kernel.product is not None:
+            shape = self.values[kernel.product.outputs[0]].shape
+            if self.tpu and (v in self.soft or self.values[v].shape != shape):
+                behind = Behind({v: float(self.nbytes[v])})
+                kernel = self.kernels.start(home, size)
         if kernel.product is not None:
             at = (kernel.product.id, len(kernel.product.inputs))
-        elif maker >= 0 and not self.graph.ops[maker].is_link:
-            at = (maker, len(self.graph.ops[maker].inputs))
+        elif home is not op:
+            at = (maker, len(home.inputs))
         else:
             return  # a copy from one stack to another; nobody computes it
         self.kernels.pay(kernel, at, behind)
-        again = 1 + (maker >= 0 and self.graph.ops[maker].name in IN_PLACE)
-        self.kernels.add(at, v, float(again * self.nbytes[v]))
+        again = 1 + (home.name in IN_PLACE)
+        self.kernels.write(kernel, at, v, float(again * self.nbytes[v]))
 
     def _product(self, op: Op) -> None:
         kernel = self.kernels.start(op, self.values[op.outputs[0]].type.size, op)
@@ -183,6 +211,8 @@ class _Fuser:
             self.inner[u] = kernel
             self.stored[u] = False
         end = chain[-1]
+        if end != v and self.graph.ops[self.chains.producers[end]].name == "exp":
+            self.soft.add(end)
         readers = {c for c, _ in self.consumers[end]}
         if self.tpu and end not in self.chains.results and len(readers) == 1:
             only = self.graph.ops[min(readers)]
@@ -231,6 +261,8 @@ class _Fuser:
             return False
         n = len(self.ends[v])
         kept = (n + 1) * self.nbytes[v] * (_READILY if self.tpu else 1)
+        if self.tpu and self.chains.is_sign(v):
+            kept *= 2
         return (n - 1) * sum(behind.leaves.values()) <= kept
 
     def _taken(self, v: int, behind: Behind) -> bool:

@@ -7,7 +7,7 @@ bytes are, because it is they that are split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from passes.attention import Attention
@@ -66,12 +66,14 @@ class Kernel:
 class Kernels:
     """The kernels of a program, and what each operation pays.
 
-    made, read: per value the kernel that makes it, or has read it last.
+    made, read: per value the kernel that makes it, or has read it last. far: values that are parts
+    of something larger, which is moved however small they are.
     """
 
-    def __init__(self, chains: Chains, attention: Attention) -> None:
+    def __init__(self, chains: Chains, attention: Attention, far: Set[int] = frozenset()) -> None:
         self.graph, self.chains, self.attention = chains.graph, chains, attention
         self.values, self.nbytes, self.inside = self.graph.values, chains.nbytes, attention.inside
+        self.far = far
         self.made: dict[int, Kernel] = {}
         self.read: dict[int, Kernel] = {}
         self.barred: set[int] = set()  # values that went through a barrier
@@ -136,12 +138,16 @@ class Kernels:
                 done[1] += op.rule.flops
 
     def keep(self, kernel: Kernel, at: tuple[int, int], v: int) -> None:
-        """It writes a value."""
+        """It writes a value, which others read."""
         self.made[v] = kernel
+        self.write(kernel, at, v, float(self.nbytes[v]))
+
+    def write(self, kernel: Kernel, at: tuple[int, int], v: int, nbytes: float) -> None:
+        """It writes so many bytes of a value."""
         size = self.values[v].type.size
         if size == kernel.elements and self.nbytes[v] >= 4 * size:
             self.wide.add(at[0])
-        self.add(at, v, float(self.nbytes[v]))
+        self.add(at, v, nbytes)
 
     def add(self, at: tuple[int, int], v: int, nbytes: float) -> None:
         """Bytes of a value are moved for the sake of a tensor: at is (operation, number)."""
@@ -154,7 +160,7 @@ class Kernels:
         return op.name not in PRODUCTS and not self.inside.isdisjoint(sides)
 
     def _passes_by(self, v: int) -> bool:
-        return v in self.made and v not in self.chains.results
+        return v in self.made and v not in self.chains.results and v not in self.far
 
     def traffic(self) -> tuple[Traffic, ...]:
         """What every operation pays; equal ones are one object."""

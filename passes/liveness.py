@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.schedule import schedule
+from passes.weight_casts import WeightCast, outermost_loops
 
 # What XLA does in place: a part of an operand is overwritten.
 IN_PLACE = frozenset(
@@ -45,11 +46,12 @@ def liveness(
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
     hides_latencies: bool = False,
+    casts: Sequence[WeightCast] = (),
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
     aliases: (donated input, output) pairs that share a buffer. filled, hides_latencies: as of
-    `schedule`.
+    `schedule`. casts: weights that are converted once.
     """
     order = schedule(graph, has_memory, aliases, filled, hides_latencies)
     when = [0] * len(order)
@@ -64,6 +66,7 @@ def liveness(
     kept.update(v for v in graph.inputs if v not in graph.donated)  # the caller keeps them
     for v in (*graph.outputs, *kept):
         end[v] = steps
+    _convert_once(graph, casts, begin, end, when)
     stored = list(has_memory)
     _computed_again(graph, stored, end)
     for op in graph.ops:
@@ -92,6 +95,23 @@ def _made(graph: Graph, when: Sequence[int]) -> tuple[list[int], list[int], list
             if op.name in ("scan_stack", "loop_next"):
                 home[v] = region.parent
     return begin, end, home
+
+
+def _convert_once(
+    graph: Graph,
+    casts: Sequence[WeightCast],
+    begin: list[int],
+    end: list[int],
+    when: Sequence[int],
+) -> None:
+    """A converted weight lies there for all who read it; a stack around all loops that slice it."""
+    for cast in casts:
+        first = cast.values[0]
+        end[first] = max(end[v] for v in cast.values)
+        if cast.parts > 1:
+            loops = [graph.regions[r] for r in outermost_loops(graph, cast.values)]
+            begin[first] = min(when[r.begin] for r in loops)
+            end[first] = max(when[r.end - 1] + 1 for r in loops)
 
 
 def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> None:

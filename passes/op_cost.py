@@ -111,7 +111,7 @@ class OpCost:
                 if moved or work:
                     far = sum(n for n, near in moved if not near)
                     near = tuple(n for n, near in moved if near)
-                    paid.append(_Paid(k, far, near, self._work(work)))
+                    paid.append(_Paid(k, far, near, self._work(work, op.name in PRODUCTS)))
             halos = frozenset(f for f, factor in enumerate(op.rule.factors) if factor.halo)
             runs = op.name in PRODUCTS or not (op.rule.fuses or _reduces(op))
             idle = not (paid or halos or runs or traffic.kernels)
@@ -135,11 +135,15 @@ class OpCost:
             total += op.rule.moved / split
         return _Local(total, op.rule.flops / split, work, of_operand)
 
-    def _work(self, work: Work) -> float:
-        """Seconds of arithmetic on elements."""
+    def _work(self, work: Work, product: bool) -> float:
+        """Seconds of arithmetic on elements, in the kernel of a product or in another."""
         if self.chip.fitted is None:
             return sum(flops for _, _, _, flops in work) / self.chip.vector_flops
-        return sum(work_seconds(self.chip, name, elements) for name, _, elements, _ in work)
+        total = sum(work_seconds(self.chip, name, elements) for name, _, elements, _ in work)
+        done = {name: elements for name, _, elements, _ in work}
+        if product and "reduce_max" in done and "exp" in done:
+            return max(total, done["exp"] * self.chip.fitted.moves.get("softmax", 0.0))
+        return total
 
     def _dtype(self, op: Op) -> str:
         """What a product multiplies: bfloat16 where its operands are kept so for it."""
@@ -158,7 +162,8 @@ class OpCost:
         ahead = fetched_ahead(chip, local.flops, dtype, local.moved, local.of_operand[:2])
         moved = local.moved - ahead
         out = "float32" if traffic.wide else "bfloat16"
-        time = product_seconds(chip, batch, m, n, k, dtype, moved, out) * traffic.runs
+        rows = self._rows(op, strategy) if chip.fitted and 1 in (m, n, k) else 8
+        time = product_seconds(chip, batch, m, n, k, dtype, moved, out, rows) * traffic.runs
         return max(time, local.work)
 
     def _converts(self, op: Op, traffic: Traffic) -> bool:

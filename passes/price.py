@@ -234,7 +234,7 @@ class _Pricer:
     # memory
 
     def add_memory(self) -> None:
-        arguments = set(self.graph.inputs)
+        arguments, parts = set(self.graph.inputs), self.fusion.parts
         for group in self.decisions.groups:
             node = self.node_of[group.id]
             uses: dict[tuple[int, int], Costs] = {}
@@ -242,7 +242,7 @@ class _Pricer:
                 span = self.live.spans[v]
                 if span[0] >= span[1]:
                     continue
-                nbytes = self.kept.of_value[v]
+                nbytes = self.kept.of_value[v] * parts.get(v, 1)
                 usage = self.usage(self.choices_of(group.id), mapping, nbytes)
                 if node >= 0 and v in arguments:
                     self.costs[node] += usage * _ARGUMENT

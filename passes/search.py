@@ -95,7 +95,9 @@ def search(
         tuple(hints),
         limit,
         decide(tied, hints),
-        liveness(graph, fusion.stored, given, fusion.filled, hides_latencies(cluster)),
+        liveness(
+            graph, fusion.stored, given, fusion.filled, hides_latencies(cluster), fusion.casts
+        ),
         fusion,
         tuple(state),
     )
