@@ -69,10 +69,7 @@ class Chains:
     def _absorbs(self, op: Op, maker: Op) -> bool:
         """Whether a reader can compute the maker's result by itself."""
         if op.name == "loop_enter":  # what is spread out before a loop enters it narrow
-            given, made = (self.values[v] for v in (*maker.inputs[:1], *maker.outputs[:1]))
-            return (
-                self.tpu and maker.name == "broadcast_in_dim" and made.type.size > given.type.size
-            )
+            return self.tpu and maker.name == "broadcast_in_dim" and self._widens(maker)
         if op.is_link:
             return op.name in ("region_exit", "scan_stack")
         if op.name == BARRIER:
