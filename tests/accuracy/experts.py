@@ -1,20 +1,17 @@
 """Is a plan as fast as what an expert writes by hand?  Both compiled for the target, and judged.
 
-    make experts ARGS="OUT.jsonl --programs gpt_1p3b,vit"
+    make experts ARGS="--programs gpt_1p3b,vit --ours"
 
-Writes one line of JSON for each version of each program, the plan's among them; what OUT has is
-left out. Then prints all of OUT. A step is the compiled schedule replayed: XLA:TPU's own cycles,
-and the collectives by our prices. All are compiled with the options of a plan.
-
-tests/data/experts_tpu_v5e_4x4.jsonl is what was found with jax 0.10.2 and libtpu 0.0.42.1; not all
-versions are in it yet, and our own plan of gpt_1p3b is that of an earlier planner.
+One line of JSON for each version of each program, the plan's among them; what was judged before is
+left out, but for our own plans with `--ours`. Then docs/expert_plans.md. A step is the compiled
+schedule replayed: XLA:TPU's own cycles, and the collectives by our prices. All are compiled with
+the options of a plan.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +19,8 @@ from typing import Any
 
 import expert_versions
 from collect import Kept
+from expert_report import JUDGED, OURS, REPORT, Row, read_rows, report, step_of
 from expert_versions import EXPERTS, Version
-from rich.console import Console
-from rich.table import Table
 
 import autoshard
 from autoshard.ask_compiler import ask_compiler
@@ -33,11 +29,7 @@ from autoshard.targets import target_devices
 from autoshard.verification import verify
 from cost_models.cluster import Cluster
 from cost_models.cluster import cluster as read_cluster
-from cost_models.units import format_bytes, format_seconds
 from passes.compiler import compiler_options
-
-OURS = "autoshard"
-Row = dict[str, Any]
 
 
 def judge(name: str, version: Version | None, cluster: Cluster, keep: Path | None) -> Row:
@@ -95,45 +87,6 @@ def judged(found: Profile | None, needed: float, limit: float) -> Row:
     }
 
 
-def step_of(row: Row) -> float:
-    """Seconds; infinite where it does not fit."""
-    return math.inf if row["step"] is None else float(row["step"])
-
-
-def ratio(rows: Sequence[Row]) -> float:
-    """Our step over that of the best expert: at most 1 is what we are after."""
-    ours = [step_of(r) for r in rows if r["version"] == OURS]
-    others = [step_of(r) for r in rows if r["version"] != OURS]
-    best = min(others, default=math.inf)
-    if not ours:
-        return math.nan
-    return ours[0] / best if best < math.inf else 0.0
-
-
-def report(rows: Sequence[Row]) -> Iterator[Table]:
-    """A table for each program, the fastest first."""
-    for name, spec in dict.fromkeys((r["program"], r["cluster"]) for r in rows):
-        here = [r for r in rows if (r["program"], r["cluster"]) == (name, spec)]
-        table = Table(title=f"{name} on {spec}: ours / best expert {ratio(here):.3f}")
-        for column in ("version", "mesh", "step", "compute", "communication", "sent", "memory"):
-            table.add_column(column, justify="left" if column in ("version", "mesh") else "right")
-        for r in sorted(here, key=step_of):
-            seconds = [r.get(key) for key in ("step", "compute", "comm")]
-            told = ["-" if s is None else format_seconds(s) for s in seconds]
-            told[0] = "does not fit" if r["step"] is None else told[0]
-            sent = format_bytes(r["sent"]) if "sent" in r else "-"
-            style = "bold" if r["version"] == OURS else ""
-            table.add_row(
-                r["version"], r["mesh"], *told, sent, format_bytes(r["peak"]), style=style
-            )
-        yield table
-
-
-def read_rows(file: Path) -> list[Row]:
-    """What was judged before."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def missing(programs: Sequence[str], spec: str, rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     """Programs with versions that have no row yet; None is our own."""
     done = {(r["program"], r["cluster"], r["version"], r["mesh"]) for r in rows}
@@ -148,29 +101,32 @@ def missing(programs: Sequence[str], spec: str, rows: Sequence[Row]) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("--rows", type=Path, default=JUDGED)
+    parser.add_argument("--ours", action="store_true", help="judge our own plans anew")
     parser.add_argument("--cluster", default="tpu-v5e:4x4")
     parser.add_argument("--programs", default=",".join(EXPERTS))
     parser.add_argument("--versions", default="", help="names of versions; all when left out")
     parser.add_argument("--keep", type=Path, default=None, help="a folder for compiled programs")
     args = parser.parse_args()
     cluster = read_cluster(args.cluster)
-    wanted = set(filter(None, args.versions.split(",")))
-    for name, version in missing(args.programs.split(","), args.cluster, read_rows(args.out)):
+    programs, wanted = args.programs.split(","), set(filter(None, args.versions.split(",")))
+    known = read_rows(args.rows)
+    if args.ours:
+        known = [r for r in known if r["version"] != OURS or r["program"] not in programs]
+    for name, version in list(missing(programs, args.cluster, known)):
         if wanted and (OURS if version is None else version.name) not in wanted:
             continue
         begin = time.perf_counter()
         row = judge(name, version, cluster, args.keep)
-        took = time.perf_counter() - begin
-        row = {"program": name, "cluster": args.cluster, **row, "seconds": took}
-        with args.out.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        took = round(time.perf_counter() - begin, 1)
+        known.append({"program": name, "cluster": args.cluster, **row, "seconds": took})
+        args.rows.write_text("".join(json.dumps(r) + "\n" for r in known))
         print(
             f"{name} {row['version']} {row['mesh']}: {step_of(row):.4f} s, took {took:.0f} s",
             flush=True,
         )
-    for table in report(read_rows(args.out)):
-        Console().print(table)
+    if args.rows == JUDGED:
+        REPORT.write_text(report(known))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+import expert_report
 import experts
 import jax
 import jax.numpy as jnp
@@ -76,4 +77,16 @@ def test_a_plan_is_as_fast_as_the_best_of_the_experts(monkeypatch: pytest.Monkey
     monkeypatch.setitem(experts.EXPERTS, "feed_forward", program)
     where = cluster("tpu-v5e:2x2")
     rows = [experts.judge("feed_forward", v, where, None) for v in (None, *wanted)]
-    assert experts.ratio(rows) <= 1, "\n".join(map(str, rows))
+    assert expert_report.ratio(rows) <= 1, "\n".join(map(str, rows))
+
+
+def test_the_page_of_the_experts_is_what_was_judged() -> None:
+    """docs/expert_plans.md is generated, never written by hand."""
+    assert expert_report.REPORT.read_text() == expert_report.report(expert_report.read_rows())
+
+
+def test_a_version_that_does_not_fit_is_no_rival() -> None:
+    ours = {"version": expert_report.OURS, "step": 2.0}
+    dp, tp = {"version": "dp", "step": None}, {"version": "tp", "step": 4.0}
+    assert expert_report.ratio([ours, dp, tp]) == 0.5
+    assert expert_report.ratio([ours, dp]) == 0
