@@ -1,0 +1,60 @@
+"""What lies in memory beside the values: copies, and summands before they are summed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import autoshard
+from autoshard.trace import trace
+from passes.assemble import Held, held, read_back
+from passes.search import Found, search
+
+
+def step(ws: Any, x: Any) -> Any:
+    def layer(c: Any, w: Any) -> Any:
+        return jnp.tanh(c @ w), None
+
+    def loss(ws: Any) -> Any:
+        return jnp.square(jax.lax.scan(layer, x, ws)[0]).mean()
+
+    return jax.tree.map(lambda w, g: w - 0.1 * g, ws, jax.grad(loss)(ws))
+
+
+def planned(cluster: str) -> Found:
+    args = (
+        jax.ShapeDtypeStruct((4, 512, 512), "float32"),
+        jax.ShapeDtypeStruct((8192, 512), "float32"),
+    )
+    traced = trace(step, *args)
+    return search(traced.graph, autoshard.cluster(cluster), solver="fsdp")
+
+
+def summands(found: Found) -> list[Held]:
+    """Of the weights' gradients, products inside the backward loop."""
+    graph = found.priced.graph
+    answer = read_back(found.priced, found.solution.choice)
+    makers = graph.producers()
+    products = [
+        h
+        for h in held(found.priced, answer.values, answer.changes)
+        if h.copy and graph.ops[makers[h.value]].name == "dot_general"
+    ]
+    return [h for h in products if graph.values[h.value].shape == (512, 512)]
+
+
+def test_a_tpu_keeps_summands_of_a_stacked_gradient_to_the_end_of_the_body() -> None:
+    found = planned("v5e:2x4")
+    graph, live = found.priced.graph, found.priced.live
+    ends = {live.when[r.end - 1] for r in graph.regions if r.kind == "scan"}
+    (one,) = summands(found)
+    assert one.end in ends
+    assert one.end > one.begin + 1
+
+
+def test_elsewhere_summands_lie_there_while_they_are_summed() -> None:
+    found = summands(planned("h100:8"))
+    assert found
+    assert all(h.end == h.begin + 1 for h in found)
