@@ -26,9 +26,9 @@ from passes.weight_casts import WeightCast, weight_casts
 # How many times the bytes of keeping a value XLA:TPU moves rather than keep it: a guess. Over 45
 # plans for v5e (tests/accuracy) 4 was nearer to the compiler than weighing bytes (compute 15 % off
 # instead of 21, memory 8 instead of 10). Of a residual conv net 4 misses what XLA keeps of the sums
-# (memory 15 to 33 % too small); 2 is 11 to 13 % off there, and as near as 4 elsewhere.
-# Whether a value is above a constant, the mask of a ReLU, it computes again twice as readily: that
-# net keeps none.
+# (memory 15 to 33 % too small); 2 is 11 to 13 % off there, and as near as 4 elsewhere. Whether a
+# value is above a constant, the mask of a ReLU, it computes again twice as readily: that net keeps
+# no mask.
 _READILY = 2
 
 
@@ -138,7 +138,7 @@ class _Fuser:
     def visit(self, op: Op) -> None:
         if op.name in SAME:
             self._hand_on(op)
-        elif self.again.keys() & set(op.outputs):  # a weight that was converted before
+        elif op.outputs and op.outputs[0] in self.again:  # a weight that was converted before
             v = op.outputs[0]
             self.stored[v], self.behind[v] = False, self._source(self.again[v])
         elif op.name == "scan_slice":
