@@ -13,9 +13,9 @@ catalogue. The keys:
     [chip.peak_TFLOPs]  bfloat16, float32, int8, ...: of the matrix unit, dense
     [chip.fitted]       where a compiler's estimates were fitted: see `cost_models.fitted`.
                         stream_GBps, start_us, element_ps, narrow_ps, alone_ps,
-                        product_start_us, product_element_ps, product_narrow_ps, unit, vmem_MiB,
-                        conv_efficiency, and the tables efficiency (per dtype, bfloat16 among them)
-                        and moves_ps (per kind of move)
+                        product_start_us, product_element_ps, product_narrow_ps,
+                        product_softmax_ps, unit, vmem_MiB, conv_efficiency, and the tables
+                        efficiency (per dtype, bfloat16 among them) and moves_ps (per kind of move)
     [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
                         "direct": a wire from each device to each other, or "links": a table,
                         links, of how many links each device has to each other), bandwidth_GBps
@@ -72,7 +72,8 @@ _CHIP: dict[str, tuple[str, Any]] = {
 _FITTED: dict[str, tuple[str, Any]] = {
     "stream": ("bytes/s", ...), "start": ("seconds", ...), "element": ("seconds", ...),
     "narrow": ("seconds", ...), "alone": ("seconds", ...), "product_start": ("seconds", ...),
-    "product_element": ("seconds", ...), "product_narrow": ("seconds", ...), "unit": ("whole", ...),
+    "product_element": ("seconds", ...), "product_narrow": ("seconds", ...),
+    "product_softmax": ("seconds", 0.0), "unit": ("whole", ...),
     "vmem": ("bytes", ...), "conv_efficiency": ("share", ...),
     "efficiency": ("share per dtype", ...), "moves": ("seconds per move", {}),
 }  # fmt: skip

@@ -32,9 +32,8 @@ LANES = 128
 # As a dtype of a product: bfloat16, an operand of which its kernel converts from float32.
 CONVERTED = "converted"
 
-# What is no loop over an array, and has a price per element of its own. `softmax`: a product's
-# kernel that goes on to the exponentials of its rows, less their maxima.
-MOVES = ("concatenate", "cumulative", "softmax")
+# What is no loop over an array, and has a price per element of its own.
+MOVES = ("concatenate", "cumulative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,11 @@ class Fitted:
     kernel works on; narrow: the same, more, where it writes no whole array of 32 bits; alone: the
     same, more, where it is one operation that nothing is fused with. product_start,
     product_element, product_narrow: the same of a product, per element of operands and result, and
-    of the result. unit: elements along a side of the matrix unit. vmem: bytes of memory on the
-    chip. efficiency: per dtype of the operands, or CONVERTED, the share of bfloat16's peak.
-    conv_efficiency: the share of that which convolutions reach. moves: seconds per element by kind,
-    one of MOVES.
+    of the result; product_softmax: per element of a result that its kernel turns into exponentials
+    of rows, less their maxima, however long that takes otherwise. unit: elements along a side of
+    the matrix unit. vmem: bytes of memory on the chip. efficiency: per dtype of the operands, or
+    CONVERTED, the share of bfloat16's peak. conv_efficiency: the share of that which convolutions
+    reach. moves: seconds per element by kind, one of MOVES.
     """
 
     stream: float
@@ -59,6 +59,7 @@ class Fitted:
     product_start: float
     product_element: float
     product_narrow: float
+    product_softmax: float
     unit: int
     vmem: float
     conv_efficiency: float

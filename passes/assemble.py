@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from passes.compiler import compiler_options, sums_whole
 from passes.constraints import asked
-from passes.ir.graph import Graph, Op
+from passes.ir.graph import LOOPS, Graph, Op, Region
 from passes.ir.plan import (
     Axes,
     Cost,
@@ -193,10 +193,17 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[Held]:
         begin = live.when[c.op]
         end = begin + 1
         if c.value in stacked:
-            end = max(end, live.when[graph.regions[graph.ops[c.op].region].end - 1])
+            end = max(end, live.when[_loop_of(graph, graph.ops[c.op].region).end - 1])
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
             yield Held(begin, end, size, c.value, c.source, True)
+
+
+def _loop_of(graph: Graph, region: int) -> Region:
+    """The innermost loop around an operation, by its region."""
+    while region and graph.regions[region].kind not in LOOPS:
+        region = graph.regions[region].parent
+    return graph.regions[region]
 
 
 def _stacked(graph: Graph) -> frozenset[int]:
@@ -204,12 +211,16 @@ def _stacked(graph: Graph) -> frozenset[int]:
     out: set[int] = set()
     readers = graph.consumers()
     for v in range(len(graph.values) - 1, -1, -1):
-        ops = [graph.ops[c] for c, _ in readers[v]]
-        if ops and all(
-            op.name == "scan_stack" or (op.rule.fuses and out.issuperset(op.outputs)) for op in ops
-        ):
+        if readers[v] and all(_stacks(graph.ops[c], k, out) for c, k in readers[v]):
             out.add(v)
     return frozenset(out)
+
+
+def _stacks(op: Op, operand: int, stacked: set[int]) -> bool:
+    """Whether it stacks up what it reads, or makes what is only stacked up of it."""
+    if op.name == "region_exit":
+        return op.outputs[operand] in stacked
+    return op.name == "scan_stack" or (op.rule.fuses and stacked.issuperset(op.outputs))
 
 
 def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:

@@ -119,17 +119,18 @@ class Chains:
             ends[v] = frozenset(found)
         return ends
 
-    def after_product(self, op: Op) -> list[int]:
+    def after_product(self, op: Op) -> tuple[list[int], bool]:
         """The values that follow a product inside its kernel, the last of which is kept.
 
-        Each step takes in what reads the last value, up to where all of it meets in one value.
+        Each step takes in what reads the last value, up to where all of it meets in one value. The
+        second result says whether it is a softmax's exponentials that are kept.
         """
         chain = [op.outputs[0]]
         ends = [0]  # places in the chain where nothing else is alive
         while chain[-1] not in self.results:
             soft = self._softmax(chain)
             if soft:
-                return chain + soft
+                return chain + soft, True
             step = self._next(chain[-1], op)
             if not step:
                 break
@@ -137,7 +138,7 @@ class Chains:
             ends.append(len(chain) - 1)
         # What is widened only later is kept narrow.
         least = min(self.nbytes[chain[k]] for k in ends)
-        return chain[: 1 + max(k for k in ends if self.nbytes[chain[k]] == least)]
+        return chain[: 1 + max(k for k in ends if self.nbytes[chain[k]] == least)], False
 
     def _next(self, v: int, product: Op) -> list[int]:
         """The values made of v by operations on elements, until one is made of all that was."""

@@ -206,12 +206,12 @@ class _Fuser:
         for k, v in enumerate(op.inputs):
             self.kernels.pay(kernel, (op.id, k), self._source(v))
         v = op.outputs[0]
-        chain = self.chains.after_product(op) if self.tpu else [v]
+        chain, soft = self.chains.after_product(op) if self.tpu else ([v], False)
         for u in chain[:-1]:
             self.inner[u] = kernel
             self.stored[u] = False
         end = chain[-1]
-        if end != v and self.graph.ops[self.chains.producers[end]].name == "exp":
+        if soft:
             self.soft.add(end)
         readers = {c for c, _ in self.consumers[end]}
         if self.tpu and end not in self.chains.results and len(readers) == 1:

@@ -141,7 +141,7 @@ class OpCost:
         total = sum(work_seconds(self.chip, name, elements) for name, _, elements, _ in work)
         done = {name: elements for name, _, elements, _ in work}
         if product and "reduce_max" in done and "exp" in done:
-            return max(total, done["exp"] * self.chip.fitted.moves.get("softmax", 0.0))
+            return max(total, done["exp"] * self.chip.fitted.product_softmax)
         return total
 
     def _dtype(self, op: Op) -> str:

@@ -1,10 +1,10 @@
 """Which weights are converted once, and lie there narrow for all who read them?
 
 A step reads weights of float32 as bfloat16. XLA:TPU converts a weight that is read more than once
-by itself, once for all readers. Of a stack that scans slice it converts the whole before the first
-of these loops, and the narrow copy lies there until the last has ended. A weight with one reader
-outside of loops is converted inside of that reader's kernel (steps and forward passes of GPT,
-LLaMA, RetNet and GShard for v5e:4x4; jax 0.10.2, libtpu 0.0.42.1).
+by itself, once for all readers outside of branches. Of a stack that scans slice it converts the
+whole before the first of these loops, and the narrow copy lies there until the last has ended. A
+weight with one reader outside of loops is converted inside of that reader's kernel (steps and
+forward passes of GPT, LLaMA, RetNet and GShard for v5e:4x4; jax 0.10.2, libtpu 0.0.42.1).
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ class WeightCast:
 def weight_casts(graph: Graph) -> tuple[WeightCast, ...]:
     """The weights that are converted by themselves, those with one reader outside of loops not."""
     makers = graph.producers()
-    found: dict[tuple[int, int, str], list[int]] = {}
+    found: dict[tuple[int, int, int, str], list[int]] = {}
     for op in graph.ops:
         if op.name == "convert_element_type" and _narrows(graph, op):
             weight, parts = _weight(graph, op.inputs[0], makers)
             if weight >= 0:
                 kind = graph.values[op.outputs[0]].type.dtype
-                found.setdefault((weight, parts, kind), []).append(op.outputs[0])
+                key = (_branch(graph, op.region), weight, parts, kind)
+                found.setdefault(key, []).append(op.outputs[0])
     readers = graph.consumers()
     return tuple(
         WeightCast(tuple(values), parts)
-        for (_, parts, _), values in found.items()
+        for (_, _, parts, _), values in found.items()
         if parts > 1 or len({c for v in values for c, _ in readers[v]}) > 1
     )
 
@@ -59,6 +60,13 @@ def outermost_loops(graph: Graph, values: Iterable[int]) -> tuple[int, ...]:
         if outer >= 0:
             out[outer] = None
     return tuple(out)
+
+
+def _branch(graph: Graph, region: int) -> int:
+    """The innermost branch around a region, 0 for none: it makes what others do not have."""
+    while region and graph.regions[region].kind != "branch":
+        region = graph.regions[region].parent
+    return region
 
 
 def _narrows(graph: Graph, op: Op) -> bool:

@@ -249,6 +249,24 @@ def test_a_product_that_is_laid_out_anew_is_stacked_by_another_kernel() -> None:
     assert sum(n for values in written.moved for n, _ in values) == 2 * 4 * 64 * 256
 
 
+def test_a_chain_that_ends_in_exponentials_is_stacked_by_its_product() -> None:
+    """Only of a softmax are they written by another kernel."""
+
+    def layer(c: Any, w: Any) -> Any:
+        return jnp.tanh(c), jnp.exp(c @ w)
+
+    def stacks(x: Any, ws: Any) -> Any:
+        return jax.lax.scan(layer, x, ws)
+
+    graph = trace(stacks, f32(64, 256), f32(4, 256, 256)).graph
+    (product,) = [op for op in graph.ops if op.name == "dot_general"]
+    (exp,) = [op for op in graph.ops if op.name == "exp"]
+    fusion = fuse(graph, "tpu")
+    assert not fusion.traffic[exp.id].kernels
+    assert fusion.traffic[product.id].kernels == 1
+    assert sum(n for n, _ in fusion.traffic[product.id].moved[-1]) == 4 * 64 * 256
+
+
 def cast_weights(ws: Any, x: Any) -> Any:
     return sum(x @ w.astype(jnp.bfloat16) for w in ws)
 
@@ -266,6 +284,15 @@ def test_a_weight_that_is_read_twice_is_converted_once() -> None:
     assert cast.parts == 1
     assert kept(graph, fuse(graph, "tpu")).count("convert_element_type") == 1
     assert fuse(graph, "gpu").casts == ()
+
+
+def test_a_branch_converts_weights_for_itself() -> None:
+    def either(sure: Any, w: Any, x: Any) -> Any:
+        plain, sine = (lambda: cast_weights([w], x)), (lambda: cast_weights([w], jnp.sin(x)))
+        return jax.lax.cond(sure, plain, sine) + cast_weights([w], x)
+
+    args = jax.ShapeDtypeStruct((), "bool"), f32(256, 128), bf16(512, 256)
+    assert weight_casts(trace(either, *args).graph) == ()
 
 
 def scanned(w: Any, x: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import autoshard
 from autoshard.trace import trace
@@ -13,9 +15,14 @@ from passes.assemble import Held, held, read_back
 from passes.search import Found, search
 
 
-def step(ws: Any, x: Any) -> Any:
+def step(ws: Any, x: Any, again: bool = False) -> Any:
+    """again: computes its layers again in the backward pass."""
+
     def layer(c: Any, w: Any) -> Any:
         return jnp.tanh(c @ w), None
+
+    if again:
+        layer = jax.checkpoint(layer)
 
     def loss(ws: Any) -> Any:
         return jnp.square(jax.lax.scan(layer, x, ws)[0]).mean()
@@ -23,12 +30,12 @@ def step(ws: Any, x: Any) -> Any:
     return jax.tree.map(lambda w, g: w - 0.1 * g, ws, jax.grad(loss)(ws))
 
 
-def planned(cluster: str) -> Found:
+def planned(cluster: str, again: bool = False) -> Found:
     args = (
         jax.ShapeDtypeStruct((4, 512, 512), "float32"),
         jax.ShapeDtypeStruct((8192, 512), "float32"),
     )
-    traced = trace(step, *args)
+    traced = trace(partial(step, again=again), *args)
     return search(traced.graph, autoshard.cluster(cluster), solver="fsdp")
 
 
@@ -45,8 +52,9 @@ def summands(found: Found) -> list[Held]:
     return [h for h in products if graph.values[h.value].shape == (512, 512)]
 
 
-def test_a_tpu_keeps_summands_of_a_stacked_gradient_to_the_end_of_the_body() -> None:
-    found = planned("v5e:2x4")
+@pytest.mark.parametrize("again", [False, True])
+def test_a_tpu_keeps_summands_of_a_stacked_gradient_to_the_end_of_the_body(again: bool) -> None:
+    found = planned("v5e:2x4", again)
     graph, live = found.priced.graph, found.priced.live
     ends = {live.when[r.end - 1] for r in graph.regions if r.kind == "scan"}
     (one,) = summands(found)

@@ -140,6 +140,29 @@ def test_a_side_of_one_is_a_sum_on_the_vector_unit() -> None:
     assert row > product_seconds(V5E, 1, 8, 4096, 4096, "bfloat16", 2.0 * 4096 * 4096)
 
 
+def test_a_sum_over_short_tiles_takes_longer_as_a_kernel_over_them_does() -> None:
+    moved = 4.0 * 1024 * 8 * 64
+    tall, short = (product_seconds(V5E, 1024, 1, 8, 64, "float32", moved, rows=r) for r in (8, 2))
+    assert short == kernel_seconds(V5E, 1024 * 8 * 64, moved, False, rows=2)
+    assert short > tall
+    whole = [product_seconds(V5E, 4, 64, 64, 64, "float32", moved, rows=r) for r in (8, 2)]
+    assert whole[0] == whole[1]
+
+
+def test_channels_fill_the_side_of_the_matrix_unit_or_a_quarter_of_it() -> None:
+    """Of a unit of 256: those of 33 to 64 take as long as 64, those of 65 to 256 as long as 256."""
+
+    def seconds(chip: Chip, channels: int) -> float:
+        return conv_seconds(chip, 1 << 20, channels, 128, 9, "bfloat16", 0.0, 0)
+
+    v6e = cluster("v6e:1x1").chip
+    of_v6e = {seconds(v6e, c) for c in (33, 63)}, {seconds(v6e, c) for c in (65, 128, 256)}
+    assert [len(each) for each in of_v6e] == [1, 1]
+    assert min(of_v6e[1]) > 3 * max(of_v6e[0])
+    assert seconds(v6e, 257) > max(of_v6e[1])
+    assert seconds(V5E, 256) > 1.9 * seconds(V5E, 128)
+
+
 def test_it_is_cheap_enough_to_be_asked_for_every_strategy() -> None:
     start = time.process_time()
     for k in range(1, 50_001):
