@@ -14,8 +14,9 @@ catalogue. The keys:
     [chip.fitted]       where a compiler's estimates were fitted: see `cost_models.fitted`.
                         stream_GBps, start_us, element_ps, narrow_ps, alone_ps,
                         product_start_us, product_element_ps, product_narrow_ps,
-                        product_softmax_ps, unit, vmem_MiB, conv_efficiency, and the tables
-                        efficiency (per dtype, bfloat16 among them) and moves_ps (per kind of move)
+                        product_softmax_ps, product_computed, product_sum_stream_GBps, unit,
+                        vmem_MiB, conv_efficiency, and the tables efficiency (per dtype, bfloat16
+                        among them) and moves_ps (per kind of move)
     [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
                         "direct": a wire from each device to each other, or "links": a table,
                         links, of how many links each device has to each other), bandwidth_GBps
@@ -73,8 +74,9 @@ _FITTED: dict[str, tuple[str, Any]] = {
     "stream": ("bytes/s", ...), "start": ("seconds", ...), "element": ("seconds", ...),
     "narrow": ("seconds", ...), "alone": ("seconds", ...), "product_start": ("seconds", ...),
     "product_element": ("seconds", ...), "product_narrow": ("seconds", ...),
-    "product_softmax": ("seconds", 0.0), "unit": ("whole", ...),
-    "vmem": ("bytes", ...), "conv_efficiency": ("share", ...),
+    "product_softmax": ("seconds", 0.0), "product_computed": ("number", 0.0),
+    "product_sum_stream": ("bytes/s", 0.0), "unit": ("whole", ...), "vmem": ("bytes", ...),
+    "conv_efficiency": ("share", ...),
     "efficiency": ("share per dtype", ...), "moves": ("seconds per move", {}),
 }  # fmt: skip
 _LEVEL: dict[str, tuple[str, Any]] = {
@@ -239,5 +241,6 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tables": (lambda x: _is_list(x, dict) and bool(x), "one or more [[network]] tables"),
     "sizes": (lambda x: _is_list(x, int) and all(n > 0 for n in x), "a list such as [2, 8]"),
     "whole": (lambda x: _is_list([x], int) and x >= 0, "a whole number"),
+    "number": (lambda x: _is_number(x) and x >= 0, "a number of 0 or more"),
     "share": (lambda x: _is_number(x) and 0 < x <= 1, "a share above 0 and at most 1"),
 }

@@ -14,8 +14,11 @@ They are fitted to XLA:TPU's own `estimated_cycles` by tests/accuracy/fit_comput
   up to it. Reading a product's operands and writing its result takes a little longer per element.
 * While a kernel computes, the next one's operands are fetched into memory on the chip; a product
   that computes longer than it reads has one operand there. `product.fetched_ahead` says which.
-* A product that converts an operand from float32 in its kernel, as from weights kept so, is slower
-  on v5p and v6e than one of what is bfloat16 already.
+* A product whose kernel computes both operands as it reads them (weights that it converts, what a
+  layer norm makes) takes longer: it reads one of them again for each block of the other, and none
+  was fetched ahead.
+* On v6e a product's kernel that also reduces what it makes is counted without its traffic, even
+  where that is more than the memory can move in the time. Here it takes at least as long as that.
 * Transposes are copies, or what the layout of a neighbour absorbs. Gathers, scatters and sorts have
   no estimate at all: they are priced by their traffic, which is a lower bound.
 * A product with a side of one does not use the matrix unit. It is a multiplication and a sum.
@@ -29,9 +32,6 @@ from dataclasses import dataclass, field
 # Elements of a row of a tile, on every TPU: jax-ml.github.io/scaling-book/tpus
 LANES = 128
 
-# As a dtype of a product: bfloat16, an operand of which its kernel converts from float32.
-CONVERTED = "converted"
-
 # What is no loop over an array, and has a price per element of its own.
 MOVES = ("concatenate", "cumulative")
 
@@ -44,11 +44,14 @@ class Fitted:
     kernel works on; narrow: the same, more, where it writes no whole array of 32 bits; alone: the
     same, more, where it is one operation that nothing is fused with. product_start,
     product_element, product_narrow: the same of a product, per element of operands and result, and
-    of the result; product_softmax: per element of a result that its kernel turns into exponentials
-    of rows, less their maxima, however long that takes otherwise. unit: elements along a side of
-    the matrix unit. vmem: bytes of memory on the chip. efficiency: per dtype of the operands, or
-    CONVERTED, the share of bfloat16's peak. conv_efficiency: the share of that which convolutions
-    reach. moves: seconds per element by kind, one of MOVES.
+    of the result. product_softmax: per element of a result that its kernel turns into exponentials
+    of rows, less their maxima, however long that takes otherwise. product_computed: by what share
+    of its arithmetic a product takes longer whose kernel computes both operands.
+    product_sum_stream: bytes/s of a product's kernel that also reduces what it makes, whose
+    elements then cost nothing more; 0: as of others. unit: elements along a side of the matrix
+    unit. vmem: bytes of memory on the chip. efficiency: per dtype of the operands the share of
+    bfloat16's peak. conv_efficiency: the share of that which convolutions reach. moves: seconds per
+    element by kind, one of MOVES.
     """
 
     stream: float
@@ -60,6 +63,8 @@ class Fitted:
     product_element: float
     product_narrow: float
     product_softmax: float
+    product_computed: float
+    product_sum_stream: float
     unit: int
     vmem: float
     conv_efficiency: float

@@ -39,13 +39,16 @@ def product_seconds(
     moved_bytes: float,
     result_dtype: str = "",
     rows: int = 8,
+    reduces: bool = False,
+    computed: bool = False,
 ) -> float:
     """Seconds of one `dot_general` by the sizes on one device; k is contracted.
 
     dtype: of the operands. moved_bytes: what it reads from and writes to memory: less than all of
     operands and result where a neighbour is fused with it, or XLA keeps one in faster memory.
     result_dtype: that of the operands where it is not given. rows: of a tile of the larger operand,
-    `vector.tile_rows`; they count where a side is one.
+    `vector.tile_rows`; they count where a side is one. reduces: whether its kernel reduces
+    what it makes, too. computed: whether it computes both operands as it reads them.
     """
     f = chip.fitted
     if f is None and chip.cores:
@@ -57,20 +60,21 @@ def product_seconds(
     if 1 in (m, n, k):
         wide = out in ("float32", "int32") and k == 1
         return kernel_seconds(chip, batch * m * n * k, moved_bytes, wide, rows=rows)
-    return _fitted(chip, f, batch, m, n, k, dtype, moved_bytes, out)
+    arithmetic = padded_flops(batch, m, n, k, f.unit) / matrix_rate(chip, dtype)
+    if computed:
+        arithmetic *= 1 + f.product_computed
+    if reduces and f.product_sum_stream:
+        return f.product_start + max(arithmetic, moved_bytes / f.product_sum_stream)
+    return f.product_start + max(arithmetic, _memory(f, batch, m, n, k, moved_bytes, out))
 
 
-def _fitted(
-    chip: Chip, f: Fitted, batch: int, m: int, n: int, k: int, dtype: str, moved: float, out: str
-) -> float:
+def _memory(f: Fitted, batch: int, m: int, n: int, k: int, moved: float, out: str) -> float:
     written = batch * m * n
     touched = batch * k * (m + n) + written
     memory = moved / f.stream + touched * f.product_element
     if out not in ("float32", "int32"):
         memory += written * f.product_narrow
-    return f.product_start + max(
-        padded_flops(batch, m, n, k, f.unit) / matrix_rate(chip, dtype), memory
-    )
+    return memory
 
 
 def fetched_ahead(

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
-from cost_models.fitted import CONVERTED, LANES
+from cost_models.fitted import LANES
 from cost_models.product import conv_seconds, fetched_ahead, product_seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink
 from cost_models.vector import kernel_seconds, tile_rows, vector_seconds, work_seconds
-from passes.chains import PRODUCTS
+from passes.chains import MOVES, PRODUCTS
 from passes.fusion import Fusion
 from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
@@ -35,6 +35,10 @@ _MOST_TAPS = 128
 # wait for them. Chosen on tests/accuracy's programs: over 139 plans for v5e, v5p and v6e the median
 # errors of compute are 7, 10 and 9 % with it, 10, 10, 10 % with 0.3, and 8, 10, 13 % with 0.12.
 NEAR = 0.2
+
+
+# What the kernel of a product does that goes on to a softmax.
+_SOFTMAX = frozenset({"reduce_max", "exp"})
 
 
 class _Local(NamedTuple):
@@ -64,6 +68,8 @@ class _Facts(NamedTuple):
 
     paid: tuple[_Paid, ...]
     idle: bool  # it does nothing that takes time
+    reduces: bool  # a product whose kernel reduces what it makes, but for a softmax
+    computed: tuple[bool, ...]  # per operand of a product whether its kernel computes it
     halos: frozenset[int]  # factors
 
 
@@ -82,7 +88,7 @@ class OpCost:
         self.graph, self.fusion, self.layouts = graph, fusion, layouts
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
         self.near = NEAR * cluster.chip.fitted.vmem if cluster.chip.fitted else 0.0
-        self.known: dict[tuple[int, int], _Facts] = {}  # by rule and traffic
+        self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def seconds(self, op: Op, strategy: Strategy) -> float:
@@ -93,7 +99,7 @@ class OpCost:
             return 0.0
         local = self._local(op, facts, strategy)
         if op.name == "dot_general":
-            time = self._product(op, traffic, strategy, local)
+            time = self._product(op, traffic, strategy, local, facts)
         elif op.name == "conv_general_dilated":
             time = self._convolution(op, traffic, strategy, local)
         elif op.name in PRODUCTS:
@@ -103,7 +109,8 @@ class OpCost:
         return time + self._halo(op, strategy) if facts.halos else time
 
     def _facts(self, op: Op, traffic: Traffic) -> _Facts:
-        key = id(op.rule), id(traffic)
+        kinds = tuple(self.graph.values[v].type.dtype for v in op.inputs[:2])
+        key = id(op.rule), id(traffic), kinds
         if key not in self.known:
             paid = []
             for k, (moved, work) in enumerate(zip(traffic.moved, traffic.work, strict=True)):
@@ -114,7 +121,10 @@ class OpCost:
             halos = frozenset(f for f, factor in enumerate(op.rule.factors) if factor.halo)
             runs = op.name in PRODUCTS or not (op.rule.fuses or _reduces(op))
             idle = not (paid or halos or runs or traffic.kernels)
-            self.known[key] = _Facts(tuple(paid), idle, halos)
+            done = {name for work in traffic.work for name, *_ in work}
+            reduces = any(name.startswith("reduce_") for name in done) and not done >= _SOFTMAX
+            computed = self._computed(op, traffic) if op.name in PRODUCTS else ()
+            self.known[key] = _Facts(tuple(paid), idle, reduces, computed, halos)
         return self.known[key]
 
     def _local(self, op: Op, facts: _Facts, strategy: Strategy) -> _Local:
@@ -140,7 +150,7 @@ class OpCost:
             return sum(flops for _, _, _, flops in work) / self.chip.vector_flops
         total = sum(work_seconds(self.chip, name, elements) for name, _, elements, _ in work)
         done = {name: elements for name, _, elements, _ in work}
-        if product and "reduce_max" in done and "exp" in done:
+        if product and done.keys() >= _SOFTMAX:
             return max(total, done["exp"] * self.chip.fitted.product_softmax)
         return total
 
@@ -153,24 +163,36 @@ class OpCost:
             return "float32" if plain else "bfloat16"
         return dtype
 
-    def _product(self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local) -> float:
+    def _product(
+        self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local, facts: _Facts
+    ) -> float:
         batch, m, n, k = self._sizes(op.rule, strategy)
         chip, dtype = self.chip, self._dtype(op)
-        if chip.fitted and CONVERTED in chip.fitted.efficiency and self._converts(op, traffic):
-            dtype = CONVERTED
-        ahead = fetched_ahead(chip, local.flops, dtype, local.moved, local.of_operand[:2])
-        moved = local.moved - ahead
-        out = "float32" if traffic.wide else "bfloat16"
-        rows = self._rows(op, strategy) if chip.fitted and 1 in (m, n, k) else 8
-        time = product_seconds(chip, batch, m, n, k, dtype, moved, out, rows) * traffic.runs
-        return max(time, local.work)
+        plain = [n for n, made in zip(local.of_operand, facts.computed, strict=False) if not made]
+        ahead = fetched_ahead(chip, local.flops, dtype, local.moved, plain)
+        time = product_seconds(
+            chip,
+            batch,
+            m,
+            n,
+            k,
+            dtype,
+            moved_bytes=local.moved - ahead,
+            result_dtype="float32" if traffic.wide else "bfloat16",
+            rows=self._rows(op, strategy) if chip.fitted and 1 in (m, n, k) else 8,
+            reduces=facts.reduces,
+            computed=all(facts.computed),
+        )
+        return max(time * traffic.runs, local.work)
 
-    def _converts(self, op: Op, traffic: Traffic) -> bool:
-        """Whether a product of bfloat16 reads an operand that is kept in twice as many bytes."""
-        return any(
-            self.graph.values[v].type.dtype == "bfloat16"
-            and sum(n for n, _ in moved) > 1.9 * self.graph.values[v].type.nbytes
-            for v, moved in zip(op.inputs[:2], traffic.moved, strict=False)
+    def _computed(self, op: Op, traffic: Traffic) -> tuple[bool, ...]:
+        """Per operand of a product whether its kernel computes it, and does not only read it."""
+        kinds = [self.graph.values[v].type for v in op.inputs[:2]]
+        of_operands = zip(kinds, traffic.moved, traffic.work, strict=False)
+        return tuple(
+            any(name not in MOVES or name == "convert_element_type" for name, *_ in work)
+            or (kind.dtype == "bfloat16" and sum(n for n, _ in moved) > 1.9 * kind.nbytes)
+            for kind, moved, work in of_operands
         )
 
     def _sizes(self, rule: Rule, strategy: Strategy) -> tuple[int, int, int, int]:
