@@ -41,9 +41,12 @@ from passes.strategies import (
     value_choices,
 )
 
-# Picoseconds per byte of an argument on a device: breaks ties for split ones, far below any real
-# cost (HBM takes 300,000 times as long). Whole batches on every device are not free to fill.
-_ARGUMENT = 2.0**-20
+# Picoseconds per byte of an argument, or of random bits, on a device: breaks ties for split ones,
+# far below any real cost (HBM takes 300,000 times as long). Whole batches on every device are not
+# free to fill. And random bits cost their readers as much as they read of them, but where a reader
+# slices them, XLA draws them whole, and holds them all (haiku's BERT for v6e:4x4; jax 0.10.2).
+_TIE = 2.0**-20
+_DRAWS = frozenset({"random_bits", "rng_bit_generator", "threefry2x32"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,17 +238,18 @@ class _Pricer:
 
     def add_memory(self) -> None:
         arguments, parts = set(self.graph.inputs), self.fusion.parts
+        drawn = {v for op in self.graph.ops if op.name in _DRAWS for v in op.outputs}
         for group in self.decisions.groups:
             node = self.node_of[group.id]
             uses: dict[tuple[int, int], Costs] = {}
             for v, mapping in group.members.items():
                 span = self.live.spans[v]
-                if span[0] >= span[1]:
-                    continue
                 nbytes = self.kept.of_value[v] * parts.get(v, 1)
                 usage = self.usage(self.choices_of(group.id), mapping, nbytes)
-                if node >= 0 and v in arguments:
-                    self.costs[node] += usage * _ARGUMENT
+                if node >= 0 and (v in arguments or v in drawn):
+                    self.costs[node] += usage * _TIE
+                if span[0] >= span[1]:
+                    continue
                 uses[span] = uses[span] + usage if span in uses else usage
                 if v in self.copied:
                     usage = self.copy_usage(v, self.choices_of(group.id), mapping)

@@ -176,9 +176,9 @@ _STRANGERS = """
 ## Programs that no constant was fitted to
 
 Of those above, the plans of library_programs.py (flax, haiku, equinox) and further_programs.py. All
-constants but one were chosen without them; that one, how much stays in VMEM, over their plans for
-v5e too. Rules of what XLA fuses, keeps, and in which order it works, were found by looking at some
-of them, for v5e, v6e and H100.
+constants but two were chosen without them; how much stays in VMEM, and how much longer products of
+two computed operands take, over their plans too. Rules of what XLA fuses, keeps, and in which order
+it works, were found by looking at some of them, for v5e, v6e and H100.
 """
 
 

@@ -141,6 +141,28 @@ def test_a_small_network_and_a_large_batch_is_data_parallel(printed: Golden) -> 
     printed("expert_data_parallel", report(plan.data))
 
 
+def test_random_bits_are_drawn_where_they_are_read() -> None:
+    """Each device draws those of its own part of the batch, and of no other."""
+
+    def dropped(key: Any, x: Any) -> Any:
+        return jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x, 0) / 0.9
+
+    def loss(w: Any, key: Any, x: Any) -> Any:
+        one, two = jax.random.split(jax.random.wrap_key_data(key))
+        hidden = dropped(one, jax.nn.gelu(x @ w[0]))
+        return jnp.mean((dropped(two, hidden @ w[1]) + x) ** 2)
+
+    def step(w: Any, key: Any, x: Any) -> Any:
+        return jax.tree.map(lambda a, g: a - 0.1 * g, w, jax.grad(loss)(w, key, x))
+
+    array = jax.ShapeDtypeStruct
+    w = [array((1024, 4096), "float32"), array((4096, 1024), "float32")]
+    args = w, array((2,), "uint32"), array((8192, 1024), "float32")
+    plan = autoshard.plan(step, *args, cluster="v6e:2x4", mesh={"data": 8})
+    drawn = [op.result for op in plan.data.ops if op.name == "random_bits"]
+    assert drawn == ["u32[8192{data},4096]", "u32[8192{data},1024]"]
+
+
 def test_where_memory_binds_the_state_is_split(printed: Golden) -> None:
     """FSDP (ZeRO-3, arXiv 1910.02054): weights gathered for use, gradients reduce-scattered."""
     job = {"width": 4096, "layers": 8, "batch": 65536}
