@@ -25,6 +25,10 @@ from passes.solve.reduction import Core, Infeasible
 from passes.solve.search import Search
 from passes.solve.tables import Pool
 
+# Edges: with more than _LARGE a problem is first searched by compiled loops (loading these takes a
+# second), until it has shrunk to _SMALL.
+_LARGE, _SMALL = 5000, 2000
+
 
 def solve(
     problem: Problem,
@@ -77,6 +81,10 @@ def _search(problem: Problem, meter: Meter) -> str:
         shortage = _shortage(problem, core)
         if shortage is not None:
             raise _NothingFits(shortage)
+        if core.edges > _LARGE:
+            from passes.solve.large import shrink
+
+            core = shrink(core, pool, meter, _SMALL)
         Search(core, pool, meter).run()
     except Infeasible:
         if not meter.choice:

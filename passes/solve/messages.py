@@ -16,67 +16,116 @@ of the pass before is one that certainly holds at that moment.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from passes.solve.buckets import Table
-from passes.solve.chains import chain_order
+from passes.solve.flat import Flat
 from passes.solve.problem import Costs
 from passes.solve.tables import Picks
 
 _Link = tuple[int, Costs, Costs, Costs]  # neighbour, table, message from it, message to it
 
+# Edges from which a pass is worth the second that loading its kernel takes.
+_LARGE = 3000
+
 
 class Messages:
     """Messages on one graph, kept between passes, so that a small change of costs is soon absorbed.
 
-    belief: per node its costs plus the messages into it. bound: the lower bound of the last pass
-    back; before: of the pass before that one.
+    flat: the costs of all nodes, one after the other, plus the messages into them; belief: that of
+    each node. bound: the lower bound of the last pass back; before: of the pass before that one.
+    backward: the messages to the first ends of edges.
+    compiled: whether passes run as machine code, by default where the graph is large; both ways
+    give the same numbers to the last bit.
     """
 
-    def __init__(self, unary: Sequence[Costs], links: Sequence[Mapping[int, Costs]]) -> None:
-        self._order = chain_order(links)
-        self.sizes = [len(u) for u in unary]
+    def __init__(
+        self,
+        unary: Sequence[Costs],
+        links: Sequence[Mapping[int, Costs]],
+        compiled: bool | None = None,
+    ) -> None:
+        self.graph = Flat.of([len(u) for u in unary], links)
+        self.sizes = self.graph.size.tolist()
+        self.starts = self.graph.start
         self.flat = np.concatenate([np.zeros(0), *unary])
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.intp)
-        self.belief = [self.flat[a:b] for a, b in zip(self.starts, self.starts[1:], strict=False)]
+        self.belief = [self.flat[a:b] for a, b in itertools.pairwise(self.starts)]
+        self.backward = np.zeros(self.graph.to_first[-1])
+        self._forward = np.zeros(self.graph.to_second[-1])
         self._links = links
-        self._message: dict[tuple[int, int], Costs] = {}
         self._ahead: list[list[_Link]] = []
         self._behind: list[list[_Link]] = []
-        for v, around in enumerate(links):
-            for u in around:
-                self._message[u, v] = np.zeros(self.sizes[v])
-        self._wire()
+        self._compiled = len(self.graph.first) > _LARGE if compiled is None else compiled
+        if not self._compiled:
+            self._wire()
         self.before = self.bound = -np.inf
+
+    def _message(self, edge: int) -> tuple[Costs, Costs]:
+        """The messages to the first and to the second end of an edge."""
+        back, forth = self.graph.to_first, self.graph.to_second
+        return (
+            self.backward[back[edge] : back[edge + 1]],
+            self._forward[forth[edge] : forth[edge + 1]],
+        )
 
     def _wire(self) -> None:
         """Lists of neighbours ahead and behind, with the arrays that a visit needs."""
-        rank = {v: i for i, v in enumerate(self._order)}
+        graph = self.graph
         for v, around in enumerate(self._links):
-            links = [
-                (u, t, self._message[u, v], self._message[v, u]) for u, t in sorted(around.items())
-            ]
-            self._ahead.append([link for link in links if rank[link[0]] > rank[v]])
-            self._behind.append([link for link in links if rank[link[0]] < rank[v]])
-        self._share = [
-            1.0 / max(len(a), len(b), 1) for a, b in zip(self._ahead, self._behind, strict=True)
-        ]
+            for out, edges, at, far, mine in (
+                (self._ahead, graph.ahead, graph.ahead_at, graph.second, 0),
+                (self._behind, graph.behind, graph.behind_at, graph.first, 1),
+            ):
+                found = []
+                for e in edges[at[v] : at[v + 1]].tolist():
+                    u, messages = int(far[e]), self._message(e)
+                    found.append((u, around[u], messages[mine], messages[1 - mine]))
+                out.append(found)
 
     def add(self, change: Costs) -> None:
         """Change the node costs (flat, all nodes one after the other); messages stay."""
         self.flat += change
         self.before = self.bound = -np.inf
 
+    def state(self) -> tuple[Costs, Costs, Costs]:
+        """All that passes change, to return to."""
+        return self.flat.copy(), self.backward.copy(), self._forward.copy()
+
+    def restore(self, state: tuple[Costs, Costs, Costs]) -> None:
+        """Return to a state."""
+        self.flat[:], self.backward[:], self._forward[:] = state
+        self.before = self.bound = -np.inf
+
     def sweep(self) -> float:
         """Once through and back; returns the new bound."""
-        self.before = self._run(self._order, self._ahead)
-        self.bound = self._run(self._order[::-1], self._behind)
+        order = self.graph.order
+        if self._compiled:
+            self.before, self.bound = self._run_compiled()
+        else:
+            self.before = self._run(order.tolist(), self._ahead)
+            self.bound = self._run(order[::-1].tolist(), self._behind)
         return self.bound
 
+    def _run_compiled(self) -> tuple[float, float]:
+        from passes.solve.kernels import to_earlier, to_later
+
+        g = self.graph
+        nodes = (g.order, g.start, g.size, g.share)
+        edges = (g.table, g.tables, g.to_first, g.to_second)
+        state = (self.flat, self.backward, self._forward)
+        there: Any = to_later
+        back: Any = to_earlier
+        return (
+            there(*nodes, g.ahead, g.ahead_at, g.second, *edges, *state),
+            back(*nodes, g.behind, g.behind_at, g.first, *edges, *state),
+        )
+
     def _run(self, order: list[int], onward: list[list[_Link]]) -> float:
-        belief, share, least = self.belief, self._share, np.minimum.reduce
+        belief, share, least = self.belief, self.graph.share, np.minimum.reduce
         bound = 0.0
         for v in order:
             own = belief[v]
@@ -105,10 +154,11 @@ class Messages:
     def rest(self, keep: Sequence[Picks]) -> tuple[list[Costs], list[Table]]:
         """The same sum of costs after all messages, for these choices: per node, and per edge."""
         tables: list[Table] = []
-        for v, around in enumerate(self._links):
-            for u, table in around.items():
-                if v < u:
-                    rows, columns = keep[v], keep[u]
-                    left = table[rows[:, None], columns] - self._message[v, u][columns]
-                    tables.append(((v, u), left - self._message[u, v][rows][:, None]))
+        for e, (v, u) in enumerate(zip(self.graph.first, self.graph.second, strict=True)):
+            v, u = int(v), int(u)
+            rows, columns = keep[v], keep[u]
+            to_v, to_u = self._message(e)
+            left = self._links[v][u][rows[:, None], columns] - to_u[columns]
+            left = left - to_v[rows][:, None]
+            tables.append(((v, u), left) if v < u else ((u, v), left.T))
         return [b[k] for b, k in zip(self.belief, keep, strict=True)], tables

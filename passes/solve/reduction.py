@@ -69,6 +69,11 @@ class Core:
         """Number of choices of each node."""
         return tuple(len(u) for u in self.unary)
 
+    @property
+    def edges(self) -> int:
+        """How many pairs of nodes have a table."""
+        return sum(map(len, self.links)) // 2
+
     def rows(self) -> Rows:
         """The memory, laid out for arithmetic on all nodes at once."""
         return Rows.of(self.slack, self.spans, self.sizes)

@@ -127,6 +127,19 @@ def test_messages_keep_the_sum(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_compiled_passes_give_the_same_numbers(seed: int) -> None:
+    unary, links = graph(seed)
+    plain, compiled = (Messages(unary, links, compiled=c) for c in (False, True))
+    change = np.random.default_rng(seed).integers(0, 9, len(plain.flat)).astype(float)
+    for _ in range(3):
+        assert plain.sweep() == compiled.sweep()
+        assert plain.before == compiled.before
+        assert (plain.flat == compiled.flat).all()
+        for messages in (plain, compiled):
+            messages.add(change)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_mini_buckets_bound_from_below(seed: int) -> None:
     unary, links = graph(seed)
     right = min(m.min() for m in min_marginals(unary, links))

@@ -1,0 +1,426 @@
+"""The loops that take nearly all of a large solve's time, compiled by numba where it is there.
+
+Without numba they are plain Python: the same answers, hundreds of times slower. The arrays are
+those of `flat.Flat`. Nothing here decides anything; what the loops compute is said where they are
+used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from passes.solve.memory import Indices
+from passes.solve.problem import Costs
+
+try:
+    from numba import njit
+except ImportError:  # pragma: no cover - an install without numba
+    njit = None  # type: ignore[assignment]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """The function as machine code, kept on disk for the next process where that can be written."""
+    if njit is None:
+        return function
+    try:
+        return cast(F, njit(cache=True)(function))
+    except RuntimeError:  # no place for the cache
+        return cast(F, njit(function))
+
+
+@compiled
+def to_later(
+    order: Indices,
+    start: Indices,
+    size: Indices,
+    share: Costs,
+    ahead: Indices,
+    ahead_at: Indices,
+    second: Indices,
+    table: Indices,
+    tables: Costs,
+    to_first: Indices,
+    to_second: Indices,
+    belief: Costs,
+    backward: Costs,
+    forward: Costs,
+) -> float:
+    """Visit the nodes in order and send messages to later ones; the sum of minima taken off.
+
+    belief: costs of nodes plus messages into them. backward, forward: messages to the first and to
+    the second ends of edges. Both beliefs and forward messages are brought up to date.
+    """
+    bound = 0.0
+    message = np.empty(size.max())
+    for v in order:
+        s, n = start[v], size[v]
+        low = belief[s : s + n].min()
+        bound += low
+        for a in range(ahead_at[v], ahead_at[v + 1]):
+            e = ahead[a]
+            u = second[e]
+            m, su, t, back, forth = size[u], start[u], table[e], to_first[e], to_second[e]
+            message[:m] = np.inf
+            for i in range(n):
+                x = (belief[s + i] - low) * share[v] - backward[back + i]
+                row = t + i * m
+                for j in range(m):
+                    y = tables[row + j] + x
+                    message[j] = y if y < message[j] else message[j]
+            least = message[:m].min()
+            bound += least
+            for j in range(m):
+                new = message[j] - least
+                belief[su + j] = belief[su + j] + new - forward[forth + j]
+                forward[forth + j] = new
+    return bound
+
+
+@compiled
+def to_earlier(
+    order: Indices,
+    start: Indices,
+    size: Indices,
+    share: Costs,
+    behind: Indices,
+    behind_at: Indices,
+    first: Indices,
+    table: Indices,
+    tables: Costs,
+    to_first: Indices,
+    to_second: Indices,
+    belief: Costs,
+    backward: Costs,
+    forward: Costs,
+) -> float:
+    """As `to_later`, in the opposite order."""
+    bound = 0.0
+    part = np.empty(size.max())
+    message = np.empty(size.max())
+    for v in order[::-1]:
+        s, n = start[v], size[v]
+        low = belief[s : s + n].min()
+        bound += low
+        for a in range(behind_at[v], behind_at[v + 1]):
+            e = behind[a]
+            u = first[e]
+            m, su, t, back, forth = size[u], start[u], table[e], to_first[e], to_second[e]
+            for j in range(n):
+                part[j] = (belief[s + j] - low) * share[v] - forward[forth + j]
+            for i in range(m):
+                row = t + i * n
+                best = np.inf
+                for j in range(n):
+                    y = tables[row + j] + part[j]
+                    best = y if y < best else best
+                message[i] = best
+            least = message[:m].min()
+            bound += least
+            for i in range(m):
+                new = message[i] - least
+                belief[su + i] = belief[su + i] + new - backward[back + i]
+                backward[back + i] = new
+    return bound
+
+
+@compiled
+def choose(
+    order: Indices,
+    start: Indices,
+    size: Indices,
+    ahead: Indices,
+    ahead_at: Indices,
+    behind: Indices,
+    behind_at: Indices,
+    first: Indices,
+    table: Indices,
+    tables: Costs,
+    to_first: Indices,
+    unary: Costs,
+    backward: Costs,
+    choice: Indices,
+) -> float:
+    """Choose node by node, in order, what is cheapest given the choices before; their cost.
+
+    What is still to come counts by its messages (Kolmogorov, IEEE PAMI 28(10), 2006, section 3.3).
+    """
+    total = 0.0
+    own = np.empty(size.max())
+    for v in order:
+        s, n = start[v], size[v]
+        own[:n] = unary[s : s + n]
+        for a in range(behind_at[v], behind_at[v + 1]):
+            e = behind[a]
+            row = table[e] + choice[first[e]] * n
+            for i in range(n):
+                own[i] += tables[row + i]
+        best, at = np.inf, 0
+        for i in range(n):
+            cost = own[i]
+            for a in range(ahead_at[v], ahead_at[v + 1]):
+                cost += backward[to_first[ahead[a]] + i]
+            if cost < best:
+                best, at = cost, i
+        choice[v] = at
+        total += own[at]
+    return total
+
+
+@compiled
+def price(
+    node: Indices,
+    begin: Indices,
+    end: Indices,
+    first: Indices,
+    usage: Costs,
+    start: Indices,
+    prices: Costs,
+    priced: Costs,
+) -> None:
+    """Per choice what its memory costs at these prices per row and byte, into `priced`."""
+    before = np.zeros(len(prices) + 1)
+    for r in range(len(prices)):
+        before[r + 1] = before[r] + prices[r]
+    priced[:] = 0.0
+    for k in range(len(node)):
+        weight = before[end[k]] - before[begin[k]]
+        if weight != 0.0:
+            s, f = start[node[k]], first[k]
+            for i in range(start[node[k] + 1] - s):
+                priced[s + i] += weight * usage[f + i]
+
+
+@compiled
+def _next_random(state: Any, below: int) -> int:
+    """A number from 0 to below - 1: Marsaglia's xorshift (J. Statistical Software 8(14), 2003)."""
+    x = state[0]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    state[0] = x
+    return int(x % np.uint64(below))
+
+
+@compiled
+def _grow(  # noqa: C901 (one loop, compiled as one)
+    state: Any,
+    most: int,
+    edges: Indices,
+    edge_at: Indices,
+    first: Indices,
+    second: Indices,
+    stamp: int,
+    stamps: Indices,
+    touched: Indices,
+    touches: Indices,
+    waiting: Indices,
+    place: Indices,
+    nodes: Indices,
+    parents: Indices,
+    by: Indices,
+) -> int:
+    """A random tree of at most so many nodes that has all edges between its nodes; their number.
+
+    nodes: in the order they join; parents, by: of each the place of its parent, and the edge.
+    stamps: which tree each node is in; touched, touches: how many of a tree's nodes it is next to.
+    """
+    nodes[0] = _next_random(state, len(place))
+    parents[0], by[0] = -1, -1
+    stamps[nodes[0]], place[nodes[0]] = stamp, 0
+    count, ready = 1, 0
+    while True:
+        v = nodes[count - 1]
+        for a in range(edge_at[v], edge_at[v + 1]):
+            e = edges[a]
+            u = second[e] if first[e] == v else first[e]
+            if touched[u] != stamp:
+                touched[u], touches[u] = stamp, 0
+            touches[u] += 1
+            if stamps[u] != stamp and touches[u] == 1:
+                waiting[ready] = u
+                ready += 1
+        if count == most:
+            return count
+        joined = -1
+        while ready > 0 and joined < 0:
+            k = _next_random(state, ready)
+            u = waiting[k]
+            ready -= 1
+            waiting[k] = waiting[ready]
+            if stamps[u] != stamp and touches[u] == 1:
+                joined = u
+        if joined < 0:
+            return count
+        for a in range(edge_at[joined], edge_at[joined + 1]):
+            e = edges[a]
+            u = second[e] if first[e] == joined else first[e]
+            if stamps[u] == stamp:
+                parents[count], by[count] = place[u], e
+        nodes[count], stamps[joined], place[joined] = joined, stamp, count
+        count += 1
+
+
+@compiled
+def _minimise(  # noqa: C901 (one loop, compiled as one)
+    count: int,
+    nodes: Indices,
+    parents: Indices,
+    by: Indices,
+    stamp: int,
+    stamps: Indices,
+    start: Indices,
+    size: Indices,
+    edges: Indices,
+    edge_at: Indices,
+    first: Indices,
+    second: Indices,
+    table: Indices,
+    tables: Costs,
+    unary: Costs,
+    memory: Costs,
+    weight: float,
+    choice: Indices,
+    value: Costs,
+    pick: Indices,
+    found: Indices,
+) -> int:
+    """The best choices on a tree, all else fixed, into `found`; entries looked at.
+
+    Costs are unary + weight * memory. value, pick: room for a row per node.
+    """
+    work = 0
+    for a in range(count):
+        v = nodes[a]
+        s, n = start[v], size[v]
+        for i in range(n):
+            value[a, i] = unary[s + i] + weight * memory[s + i]
+        for b in range(edge_at[v], edge_at[v + 1]):
+            e = edges[b]
+            if first[e] == v and stamps[second[e]] != stamp:
+                m, t = size[second[e]], table[e] + choice[second[e]]
+                for i in range(n):
+                    value[a, i] += tables[t + i * m]
+            elif second[e] == v and stamps[first[e]] != stamp:
+                t = table[e] + choice[first[e]] * n
+                for i in range(n):
+                    value[a, i] += tables[t + i]
+            work += n
+    for a in range(count - 1, 0, -1):
+        v, p, e = nodes[a], parents[a], by[a]
+        n, m, t = size[v], size[nodes[p]], table[e]
+        down = first[e] == nodes[p]
+        for j in range(m):
+            best, at = np.inf, 0
+            for i in range(n):
+                y = value[a, i] + (tables[t + j * n + i] if down else tables[t + i * m + j])
+                if y < best:
+                    best, at = y, i
+            value[p, j] += best
+            pick[a, j] = at
+        work += n * m
+    found[0] = value[0, : size[nodes[0]]].argmin()
+    for a in range(1, count):
+        found[a] = pick[a, found[parents[a]]]
+    return work
+
+
+@compiled
+def improve(  # noqa: C901 (one loop, compiled as one)
+    state: Any,
+    tries: int,
+    most: int,
+    weights: Costs,
+    judged: float,
+    start: Indices,
+    size: Indices,
+    edges: Indices,
+    edge_at: Indices,
+    first: Indices,
+    second: Indices,
+    table: Indices,
+    tables: Costs,
+    unary: Costs,
+    memory: Costs,
+    span_at: Indices,
+    begin: Indices,
+    end: Indices,
+    usage_at: Indices,
+    usage: Costs,
+    choice: Indices,
+    over: Costs,
+    gained: Costs,
+) -> float:
+    """Try so many random trees, and take what fits and costs no more; entries looked at.
+
+    Each tree is minimised at one of the weights on `memory`; what it costs is judged at the weight
+    `judged`. choice, over (bytes above the limit per row) and gained[0] (unary and table costs) are
+    brought up to date.
+    """
+    nodes_in_all, rows, work = len(size), len(over), 0.0
+    stamps, touched = np.zeros(nodes_in_all, np.intp), np.zeros(nodes_in_all, np.intp)
+    touches, place = np.zeros(nodes_in_all, np.intp), np.zeros(nodes_in_all, np.intp)
+    waiting = np.zeros(nodes_in_all, np.intp)
+    nodes, parents = np.zeros(most, np.intp), np.zeros(most, np.intp)
+    by, found = np.zeros(most, np.intp), np.zeros(most, np.intp)
+    value, pick = np.zeros((most, size.max())), np.zeros((most, size.max()), np.intp)
+    change = np.zeros(rows + 1)
+    for attempt in range(tries):
+        stamp = attempt + 1
+        weight = weights[_next_random(state, len(weights))]
+        small = _next_random(state, 2) == 0
+        limit = 2 + _next_random(state, (min(most, 20) if small else most) - 1)
+        count = _grow(
+            state, limit, edges, edge_at, first, second, stamp, stamps, touched, touches,
+            waiting, place, nodes, parents, by,
+        )  # fmt: skip
+        work += _minimise(
+            count, nodes, parents, by, stamp, stamps, start, size, edges, edge_at, first, second,
+            table, tables, unary, memory, weight, choice, value, pick, found,
+        )  # fmt: skip
+        cost = held = 0.0
+        low, high = rows, 0
+        for a in range(count):
+            v = nodes[a]
+            s, n, old, new = start[v], size[v], choice[v], found[a]
+            cost += unary[s + new] - unary[s + old]
+            held += memory[s + new] - memory[s + old]
+            for b in range(edge_at[v], edge_at[v + 1]):
+                e = edges[b]
+                if first[e] == v:
+                    u = second[e]
+                    t, m = table[e], size[u]
+                    to = found[place[u]] if stamps[u] == stamp else choice[u]
+                    cost += tables[t + new * m + to] - tables[t + old * m + choice[u]]
+                elif stamps[first[e]] != stamp:
+                    t = table[e] + choice[first[e]] * n
+                    cost += tables[t + new] - tables[t + old]
+            if new != old:
+                for k in range(span_at[v], span_at[v + 1]):
+                    more = usage[usage_at[k] + new] - usage[usage_at[k] + old]
+                    if more != 0.0:
+                        change[begin[k]] += more
+                        change[end[k]] -= more
+                        low, high = min(low, begin[k]), max(high, end[k])
+        fits = cost + judged * held <= 0.0
+        run = 0.0
+        for r in range(low, high):
+            run += change[r]
+            fits = fits and not (run > 0.0 and over[r] + run > 0.0)
+        run = 0.0
+        for r in range(low, high):
+            run += change[r]
+            if fits:
+                over[r] += run
+            change[r] = 0.0
+        change[high] = 0.0
+        work += high - low if high > low else 0
+        if fits:
+            gained[0] -= cost
+            for a in range(count):
+                choice[nodes[a]] = found[a]
+    return work

@@ -1,0 +1,65 @@
+"""How does a choice that fits become cheaper, where a problem is large?  One random tree at a time.
+
+All nodes but those of a tree are fixed; on a tree (with all edges between its nodes) the best
+choices are found by dynamic programming, in one pass over its tables. Memory is priced meanwhile,
+at one of several weights of the prices that `ascent` has found; then every row's limit is held.
+Rounds that judge by cost alone and rounds that judge by cost and priced memory take turns: the
+latter make room.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from passes.solve.flat import Flat
+from passes.solve.kernels import improve
+from passes.solve.memory import Indices
+from passes.solve.meter import Meter
+from passes.solve.problem import Costs
+from passes.solve.reduction import Core
+
+# Weights of the memory's price while a tree is minimised, and while it is judged; and per round how
+# many trees of how many nodes at most.
+_WEIGHTS = ((np.array([1.0, 0.5, 0.0, 1.5]), 0.0), (np.array([1.0]), 1.0))
+_ROUNDS = ((1000, 30), (1000, 100), (300, 400))
+
+
+class Trees:
+    """One choice of a core that becomes better. cost: its cost now, not the best met."""
+
+    def __init__(
+        self, core: Core, graph: Flat, plain: Costs, choice: Indices, meter: Meter
+    ) -> None:
+        self.core, self.graph, self.plain, self.meter = core, graph, plain, meter
+        rows = core.rows()
+        self.rows = rows
+        self.choice = choice.copy()
+        self.over = rows.over(choice)
+        self.cost = core.cost(choice)
+        self._span_at = np.searchsorted(rows.node, np.arange(len(graph.size) + 1)).astype(np.intp)
+        ends = np.concatenate([graph.first, graph.second])
+        edges = np.argsort(ends, kind="stable").astype(np.intp)
+        self._edges = edges % max(len(graph.first), 1)
+        self._edge_at = np.searchsorted(ends[edges], np.arange(len(graph.size) + 1)).astype(np.intp)
+        self._random = np.array([88172645463325252], dtype=np.uint64)
+        self._turns = itertools.cycle(itertools.product(_ROUNDS, _WEIGHTS))
+
+    def improve(self, rounds: int, memory: Costs) -> None:
+        """So many rounds; better choices are offered. memory: per choice what its memory costs."""
+        g, r = self.graph, self.rows
+        function: Any = improve
+        for _ in range(rounds):
+            (tries, most), (weights, judged) = next(self._turns)
+            gained = np.zeros(1)
+            work = function(
+                self._random, tries, most, weights, judged, g.start, g.size, self._edges,
+                self._edge_at, g.first, g.second, g.table, g.tables, self.plain, memory,
+                self._span_at, r.begin, r.end, r.first, r.usage, self.choice, self.over, gained,
+            )  # fmt: skip
+            self.cost -= float(gained[0])
+            if self.cost < self.meter.cost:
+                self.meter.offer(self.core.expand(self.choice))
+            self.meter.spend(4e-9 * work + 1e-6 * tries)
