@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from passes.compiler import compiler_options, sums_whole
 from passes.constraints import asked
-from passes.ir.graph import LOOPS, Graph, Op, Region
+from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import (
     Axes,
     Cost,
@@ -193,17 +193,11 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[Held]:
         begin = live.when[c.op]
         end = begin + 1
         if c.value in stacked:
-            end = max(end, live.when[_loop_of(graph, graph.ops[c.op].region).end - 1])
+            loop = graph.innermost(graph.ops[c.op].region, LOOPS)
+            end = max(end, live.when[graph.regions[loop].end - 1])
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
             yield Held(begin, end, size, c.value, c.source, True)
-
-
-def _loop_of(graph: Graph, region: int) -> Region:
-    """The innermost loop around an operation, by its region."""
-    while region and graph.regions[region].kind not in LOOPS:
-        region = graph.regions[region].parent
-    return graph.regions[region]
 
 
 def _stacked(graph: Graph) -> frozenset[int]:

@@ -37,7 +37,8 @@ def weight_casts(graph: Graph) -> tuple[WeightCast, ...]:
             weight, parts = _weight(graph, op.inputs[0], makers)
             if weight >= 0:
                 kind = graph.values[op.outputs[0]].type.dtype
-                key = (_branch(graph, op.region), weight, parts, kind)
+                branch = graph.innermost(op.region, ("branch",))  # what it makes, others lack
+                key = (branch, weight, parts, kind)
                 found.setdefault(key, []).append(op.outputs[0])
     readers = graph.consumers()
     return tuple(
@@ -60,13 +61,6 @@ def outermost_loops(graph: Graph, values: Iterable[int]) -> tuple[int, ...]:
         if outer >= 0:
             out[outer] = None
     return tuple(out)
-
-
-def _branch(graph: Graph, region: int) -> int:
-    """The innermost branch around a region, 0 for none: it makes what others do not have."""
-    while region and graph.regions[region].kind != "branch":
-        region = graph.regions[region].parent
-    return region
 
 
 def _narrows(graph: Graph, op: Op) -> bool:

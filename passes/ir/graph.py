@@ -11,7 +11,7 @@ Values are numbered; names for people are made when a graph is printed (`passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -169,6 +169,12 @@ class Graph:
             out *= self.regions[region].trips
             region = self.regions[region].parent
         return out
+
+    def innermost(self, region: int, kinds: Collection[str]) -> int:
+        """The innermost region of these kinds that is this one or around it; 0 for none."""
+        while region and self.regions[region].kind not in kinds:
+            region = self.regions[region].parent
+        return region
 
     def producers(self) -> tuple[int, ...]:
         """Per value the id of the op that makes it, or -1."""

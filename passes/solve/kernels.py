@@ -34,97 +34,60 @@ def compiled(function: F) -> F:
 
 
 @compiled
-def to_later(
+def send(
     order: Indices,
     start: Indices,
     size: Indices,
     share: Costs,
-    ahead: Indices,
-    ahead_at: Indices,
-    second: Indices,
+    edges: Indices,
+    edge_at: Indices,
+    far: Indices,
     table: Indices,
     tables: Costs,
-    to_first: Indices,
-    to_second: Indices,
+    near_at: Indices,
+    far_at: Indices,
     belief: Costs,
-    backward: Costs,
-    forward: Costs,
+    to_near: Costs,
+    to_far: Costs,
+    down: bool,
 ) -> float:
-    """Visit the nodes in order and send messages to later ones; the sum of minima taken off.
+    """Visit the nodes in order and send messages along these edges; the sum of minima taken off.
 
-    belief: costs of nodes plus messages into them. backward, forward: messages to the first and to
-    the second ends of edges. Both beliefs and forward messages are brought up to date.
+    belief: costs of nodes plus messages into them. near_at, to_near: where messages to the visited
+    node begin, and these; far_at, to_far: likewise of the other end, far. down: whether the visited
+    node's choices are the rows of tables. Beliefs and messages to far ends are brought up to date.
     """
     bound = 0.0
+    part = np.empty(size.max())
     message = np.empty(size.max())
     for v in order:
         s, n = start[v], size[v]
         low = belief[s : s + n].min()
         bound += low
-        for a in range(ahead_at[v], ahead_at[v + 1]):
-            e = ahead[a]
-            u = second[e]
-            m, su, t, back, forth = size[u], start[u], table[e], to_first[e], to_second[e]
-            message[:m] = np.inf
+        for a in range(edge_at[v], edge_at[v + 1]):
+            e = edges[a]
+            m, begin, t = size[far[e]], start[far[e]], table[e]
             for i in range(n):
-                x = (belief[s + i] - low) * share[v] - backward[back + i]
-                row = t + i * m
+                part[i] = (belief[s + i] - low) * share[v] - to_near[near_at[e] + i]
+            if down:
+                message[:m] = np.inf
+                for i in range(n):
+                    for j in range(m):
+                        y = tables[t + i * m + j] + part[i]
+                        message[j] = y if y < message[j] else message[j]
+            else:
                 for j in range(m):
-                    y = tables[row + j] + x
-                    message[j] = y if y < message[j] else message[j]
+                    best = np.inf
+                    for i in range(n):
+                        y = tables[t + j * n + i] + part[i]
+                        best = y if y < best else best
+                    message[j] = best
             least = message[:m].min()
             bound += least
             for j in range(m):
-                new = message[j] - least
-                belief[su + j] = belief[su + j] + new - forward[forth + j]
-                forward[forth + j] = new
-    return bound
-
-
-@compiled
-def to_earlier(
-    order: Indices,
-    start: Indices,
-    size: Indices,
-    share: Costs,
-    behind: Indices,
-    behind_at: Indices,
-    first: Indices,
-    table: Indices,
-    tables: Costs,
-    to_first: Indices,
-    to_second: Indices,
-    belief: Costs,
-    backward: Costs,
-    forward: Costs,
-) -> float:
-    """As `to_later`, in the opposite order."""
-    bound = 0.0
-    part = np.empty(size.max())
-    message = np.empty(size.max())
-    for v in order[::-1]:
-        s, n = start[v], size[v]
-        low = belief[s : s + n].min()
-        bound += low
-        for a in range(behind_at[v], behind_at[v + 1]):
-            e = behind[a]
-            u = first[e]
-            m, su, t, back, forth = size[u], start[u], table[e], to_first[e], to_second[e]
-            for j in range(n):
-                part[j] = (belief[s + j] - low) * share[v] - forward[forth + j]
-            for i in range(m):
-                row = t + i * n
-                best = np.inf
-                for j in range(n):
-                    y = tables[row + j] + part[j]
-                    best = y if y < best else best
-                message[i] = best
-            least = message[:m].min()
-            bound += least
-            for i in range(m):
-                new = message[i] - least
-                belief[su + i] = belief[su + i] + new - backward[back + i]
-                backward[back + i] = new
+                new, old = message[j] - least, to_far[far_at[e] + j]
+                belief[begin + j] = belief[begin + j] + new - old
+                to_far[far_at[e] + j] = new
     return bound
 
 

@@ -111,17 +111,16 @@ class Messages:
         return self.bound
 
     def _run_compiled(self) -> tuple[float, float]:
-        from passes.solve.kernels import to_earlier, to_later
+        from passes.solve.kernels import send
 
         g = self.graph
-        nodes = (g.order, g.start, g.size, g.share)
-        edges = (g.table, g.tables, g.to_first, g.to_second)
-        state = (self.flat, self.backward, self._forward)
-        there: Any = to_later
-        back: Any = to_earlier
+        kernel: Any = send
+        nodes, tables = (g.start, g.size, g.share), (g.table, g.tables)
+        ahead = (g.ahead, g.ahead_at, g.second, *tables, g.to_first, g.to_second, self.flat)
+        behind = (g.behind, g.behind_at, g.first, *tables, g.to_second, g.to_first, self.flat)
         return (
-            there(*nodes, g.ahead, g.ahead_at, g.second, *edges, *state),
-            back(*nodes, g.behind, g.behind_at, g.first, *edges, *state),
+            kernel(g.order, *nodes, *ahead, self.backward, self._forward, True),
+            kernel(g.order[::-1].copy(), *nodes, *behind, self._forward, self.backward, False),
         )
 
     def _run(self, order: list[int], onward: list[list[_Link]]) -> float:
