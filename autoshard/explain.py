@@ -274,7 +274,8 @@ def _memory(found: Found, t: Target, progress: Progress | None) -> list[str]:
         priced, found.solution.choice, values, op_strategies(priced, found.solution.choice)
     )
     lying = list(held(priced, values, changed))
-    time = int(memory(priced, lying).argmax())
+    taken = memory(priced, lying)
+    time = int(taken.argmax())
     there = [h for h in lying if h.begin <= time < h.end]
     there.sort(key=lambda h: (-h.nbytes, h.value))
     where = _moment(found, time)
@@ -283,8 +284,12 @@ def _memory(found: Found, t: Target, progress: Progress | None) -> list[str]:
         f"  fullest {where}, where {len(there)} arrays lie",
         *columns([_held_line(found, h) for h in there[:_MOST_HELD]], "rll", "    "),
     ]
-    left = sum(h.nbytes for h in there[_MOST_HELD:])
-    return [*lines, f"    and {format_bytes(left)} more"] if left else lines
+    if left := sum(h.nbytes for h in there[_MOST_HELD:]):
+        lines.append(f"    and {format_bytes(left)} more")
+    if (elsewhere := sum(h.nbytes for h in there) - taken[time]) >= 1:
+        place = "in VMEM" if priced.cluster.platform == "tpu" else "where a result will be"
+        lines.append(f"    of them {format_bytes(elsewhere)} {place}")
+    return lines
 
 
 def _moment(found: Found, time: int) -> str:

@@ -40,6 +40,7 @@ from passes.strategies import (
     parts,
 )
 from passes.tile_padding import padded
+from passes.vmem import in_vmem
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ def _stacks(op: Op, operand: int, stacked: set[int]) -> bool:
 
 
 def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:
-    """Bytes per device at each step of the program."""
+    """Bytes per device at each step of the program: of its HBM, without what lies in VMEM."""
     change = np.zeros(priced.live.steps + 1)
     inside = _lent(priced, found) if priced.cluster.platform == "gpu" else frozenset[int]()
     for k, h in enumerate(found):
@@ -226,7 +227,18 @@ def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:
             continue
         change[h.begin] += h.nbytes
         change[h.end] -= h.nbytes
-    return np.cumsum(change)
+    return np.cumsum(change) - _in_vmem(priced, found)
+
+
+def _in_vmem(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64] | float:
+    """Bytes of what is made, or copied, and needs no HBM, at each step; 0 but on a TPU."""
+    fitted = priced.cluster.chip.fitted
+    if fitted is None:
+        return 0.0
+    makers, results = priced.graph.producers(), set(priced.graph.outputs)
+    made = (h for h in found if (h.copy or makers[h.value] >= 0) and h.value not in results)
+    spans = (Span(h.begin, h.end, h.nbytes) for h in made)
+    return in_vmem(spans, priced.live.steps + 1, fitted.vmem)
 
 
 def _lent(priced: Priced, found: Sequence[Held]) -> frozenset[int]:

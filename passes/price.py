@@ -142,7 +142,9 @@ class _Pricer:
         self.overlap = overlap(graph, cluster, self.links)
         self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
-        self.copied = copied(graph, live, cluster.platform)
+        fitted = cluster.chip.fitted
+        early = fitted is not None and fitted.relaid_first == 1
+        self.copied = copied(graph, live, cluster.platform, early)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
 

@@ -3,9 +3,11 @@
 XLA:TPU lays a table of few columns with its rows along the lanes, without any waste. From one of
 many rows it picks rows as it lies. A table of fewer it lays anew, each row in a tile's row, and
 updates it there: 128 elements for each of the few. So it does with the state that is updated by
-the table's gradient, and it makes the copies when a step begins. (Seen on v5e, tables of 8 to 64
-columns and 65536 to 2^21 rows; between 2^18 and 2^19 rows the turn was not looked for. With 4
-columns the gradient is laid back before the update, and no copy lies there for long.)
+the table's gradient. On v5e it makes all copies when a step begins, on v6e that of the table when
+rows are picked, and those of the rest for the update; on v5p either (`Fitted.relaid_first`). (Seen
+on tables of 8 to 64 columns and 65536 to 2^21 rows; between 2^18 and 2^19 rows the turn was not
+looked for. With 4 columns the gradient is laid back before the update, and no copy lies there for
+long.)
 """
 
 from __future__ import annotations
@@ -43,17 +45,21 @@ def copy_bytes(type: Type, axes: Sequence[int], sizes: Sequence[int]) -> float:
     return shape[0] * LANES * type.bits / 8 if kept else 0.0
 
 
-def copied(graph: Graph, live: Liveness, platform: str) -> Mapping[int, tuple[int, int]]:
+def copied(
+    graph: Graph, live: Liveness, platform: str, early: bool = False
+) -> Mapping[int, tuple[int, int]]:
     """Per table that is picked from, or updated so, the steps during which a copy of it lies there.
 
-    Whether it has one depends on its sharding: copy_bytes.
+    Whether it has one depends on its sharding: copy_bytes. early: the copies of what is given are
+    made when a step begins, as `Fitted.relaid_first` has it.
     """
     if platform != "tpu":
         return _NEVER
     found: dict[int, tuple[int, int]] = {}
 
     def note(v: int, step: int) -> None:
-        begin = found[v][0] if v in found else max(0, live.spans[v][0])
+        first = live.spans[v][0] if early or graph.values[v].kind == "result" else step
+        begin = found[v][0] if v in found else max(0, first)
         found[v] = begin, max(step + 1, found.get(v, (0, 0))[1])
 
     updates: dict[int, Type] = {}  # the gradients, and what is made of them
