@@ -50,9 +50,10 @@ class Fitted:
     product_sum_stream: bytes/s of a product's kernel that also reduces what it makes, whose
     elements then cost nothing more; 0: as of others. unit: elements along a side of the matrix
     unit. vmem: bytes of memory on the chip. relaid_first: 1 where tables whose state is laid anew
-    to be updated are so when a step begins; 0 where it is done when it is needed. efficiency: per
-    dtype of the operands the share of bfloat16's peak. conv_efficiency: the share of that which
-    convolutions reach. moves: seconds per element by kind, one of MOVES.
+    to be updated are so when a step begins; 0 where it is done when it is needed. gather_inside: by
+    how much the kernels take longer inside which a weight is gathered. efficiency: per dtype of the
+    operands the share of bfloat16's peak. conv_efficiency: the share of that which convolutions
+    reach. moves: seconds per element by kind, one of MOVES.
     """
 
     stream: float
@@ -69,6 +70,7 @@ class Fitted:
     unit: int
     vmem: float
     relaid_first: int
+    gather_inside: float
     conv_efficiency: float
     efficiency: Mapping[str, float] = field(hash=False)
     moves: Mapping[str, float] = field(hash=False)

@@ -31,7 +31,15 @@ from passes.lent import Span, lent
 from passes.op_cost import NEAR, OpCost
 from passes.price import Priced
 from passes.relaid import copy_bytes
-from passes.reshard import Step, reshard_seconds, reshard_sent, steps, waited_seconds
+from passes.reshard import (
+    WHOLE,
+    Step,
+    Waited,
+    reshard_seconds,
+    reshard_sent,
+    steps,
+    waited_seconds,
+)
 from passes.solve.problem import Solution
 from passes.strategies import (
     NOWHERE,
@@ -47,7 +55,7 @@ from passes.vmem import in_vmem
 class Change:
     """One value changed from one sharding to another: for an operand of op, or after a result.
 
-    nbytes: of the whole value, as it is sent. waited: the share of a gather that a step waits for.
+    nbytes: of the whole value, as it is sent. waited: what a step loses by a gather.
     """
 
     op: int
@@ -60,7 +68,7 @@ class Change:
     moves: tuple[Step, ...]
     trips: float
     nbytes: float
-    waited: float
+    waited: Waited
 
 
 def value_axes(priced: Priced, choice: Sequence[int]) -> tuple[Axes, ...]:
@@ -102,7 +110,7 @@ def changes(
             trips = graph.trips(op.region)
             nbytes = _sent_bytes(priced, side, v, f, narrow)
             hides = side != "result"
-            share = priced.overlap.waited(v, op.id, trips, nbytes) if hides else 1.0
+            share = priced.overlap.waited(v, op.id, trips, nbytes) if hides else WHOLE
             out.append(Change(op.id, side, k, v, f, t, shared, moves, trips, nbytes, share))
 
     for op in graph.ops:

@@ -2,9 +2,9 @@
 
 A gather of what is there before the program needs it (a weight, FSDP's gather in a scan) runs
 beside the compute that comes before its use: only a share of it is waited for, where there is as
-much before. Everything else lies on the way from one operation to the next, and is waited for
-whole. A step takes its compute and what it waits for; `Cost` has both bounds beside it, without any
-overlap and with all of it.
+much before, and what runs beside it takes longer. Everything else lies on the way from one
+operation to the next, and is waited for whole. A step takes its compute and what it waits for;
+`Cost` has both bounds beside it, without any overlap and with all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cost_models.cluster import Cluster
 from cost_models.roofline import peak_flops
 from cost_models.topology import AxisLink
 from passes.ir.graph import Graph
+from passes.reshard import WHOLE, Waited
 
 # What hands on a value of the state as it is, or converted.
 _HANDS_ON = frozenset(
@@ -46,7 +47,7 @@ _WAITED = {"tpu": (0.25, 0.44)}
 class Overlap:
     """early: values that are there long before they are read. before: per operation the seconds of
     arithmetic before it, at best. bandwidth: bytes/s of the quickest axis. in_loop, outside: the
-    shares of their gathers that a step waits for.
+    shares of their gathers that a step waits for. slows: seconds that each of these costs beside.
     """
 
     early: frozenset[int]
@@ -54,14 +55,16 @@ class Overlap:
     bandwidth: float
     in_loop: float
     outside: float
+    slows: float
 
-    def waited(self, value: int, reader: int, trips: float, nbytes: float) -> float:
-        """The share that a step waits for of a gather for an operation that runs so often."""
+    def waited(self, value: int, reader: int, trips: float, nbytes: float) -> Waited:
+        """What a step loses by a gather for an operation that runs so often."""
         if value not in self.early:
-            return 1.0
+            return WHOLE
         if trips > 1:
-            return self.in_loop
-        return self.outside if self.before[reader] >= nbytes / self.bandwidth else 1.0
+            return Waited(self.in_loop, self.slows)
+        enough = self.before[reader] >= nbytes / self.bandwidth
+        return Waited(self.outside, self.slows) if enough else WHOLE
 
 
 def overlap(graph: Graph, cluster: Cluster, links: Sequence[AxisLink]) -> Overlap:
@@ -71,7 +74,8 @@ def overlap(graph: Graph, cluster: Cluster, links: Sequence[AxisLink]) -> Overla
     before = (0.0, *busy)[: len(graph.ops)]
     bandwidth = max((link.bandwidth for link in links), default=1.0)
     in_loop, outside = _WAITED.get(cluster.platform, (1.0, 1.0))
-    return Overlap(early(graph), before, bandwidth, in_loop, outside)
+    slows = cluster.chip.fitted.gather_inside if cluster.chip.fitted else 0.0
+    return Overlap(early(graph), before, bandwidth, in_loop, outside, slows)
 
 
 def early(graph: Graph) -> frozenset[int]:

@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cost_models.collectives import Collective, seconds, sent_bytes
 from cost_models.topology import AxisLink
@@ -187,16 +187,36 @@ def reshard_seconds(moves: Sequence[Step], nbytes: float, links: Sequence[AxisLi
     )
 
 
+class Waited(NamedTuple):
+    """What a step loses by a gather: a share of its time, and the seconds by which it slows down
+    what runs beside it; never more than all its time.
+    """
+
+    share: float
+    slows: float
+
+    def of(self, seconds: float) -> float:
+        """Seconds lost of a gather's.
+
+        >>> [Waited(0.25, 1.0).of(s) for s in (1.0, 8.0)]
+        [1.0, 3.0]
+        """
+        return min(seconds, self.share * seconds + self.slows)
+
+
+WHOLE = Waited(1.0, 0.0)
+
+
 def waited_seconds(
-    moves: Sequence[Step], nbytes: float, links: Sequence[AxisLink], waited: float
+    moves: Sequence[Step], nbytes: float, links: Sequence[AxisLink], waited: Waited
 ) -> float:
-    """Seconds that a step waits for these moves. waited: the share of a gather it waits for."""
-    return sum(
-        seconds(s.kind, s.larger * nbytes, links[s.axis])
-        * (waited if s.kind == "all_gather" else 1.0)
-        for s in moves
-        if s.kind != "slice"
-    )
+    """Seconds that a step loses by these moves. waited: of each gather among them."""
+    total = 0.0
+    for s in moves:
+        if s.kind != "slice":
+            whole = seconds(s.kind, s.larger * nbytes, links[s.axis])
+            total += waited.of(whole) if s.kind == "all_gather" else whole
+    return total
 
 
 def reshard_sent(moves: Sequence[Step], nbytes: float, sizes: Sequence[int]) -> float:

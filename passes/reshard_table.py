@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cost_models.topology import AxisLink
 from passes.ir.sharding import PARTIAL
-from passes.reshard import Axes, Step, steps, waited_seconds
+from passes.reshard import WHOLE, Axes, Step, Waited, steps, waited_seconds
 from passes.solve.problem import INFINITY, Costs
 
 PICO = 1e12  # picoseconds in a second
@@ -35,10 +35,10 @@ class ReshardTable:
         self._sequences: dict[tuple[Step, ...] | None, int] = {}
         self._between = np.full((64, 64), _UNKNOWN, np.intp)  # numbers of shardings to a sequence's
         self._lists: dict[int, tuple[Numbers, object]] = {}
-        self._once: dict[tuple[float, float], Costs] = {}
+        self._once: dict[tuple[float, Waited], Costs] = {}
         self._steps: dict[Step | None, int] = {}
         self._by_step = np.zeros((0, 0), np.intp)  # [sequence, place]: number of the step
-        self._matrices: dict[tuple[int, int, float, float, float, float], Costs] = {}
+        self._matrices: dict[tuple[int, int, float, float, float, Waited], Costs] = {}
 
     def matrix(
         self,
@@ -47,12 +47,12 @@ class ReshardTable:
         nbytes: float,
         trips: float,
         whole: float,
-        waited: float = 1.0,
+        waited: Waited = WHOLE,
     ) -> Costs:
         """Picoseconds from every source to every target sharding, `trips` times a step.
 
-        whole: bytes of a value that is partial; its summands are sent as they are. waited: the
-        share of a gather that a step waits for.
+        whole: bytes of a value that is partial; its summands are sent as they are. waited: what
+        a step loses by a gather.
         """
         key = (id(source), id(target), nbytes, trips, whole, waited)
         if key not in self._matrices:
@@ -97,7 +97,7 @@ class ReshardTable:
             sequences.append(self._sequences.setdefault(moves, len(self._sequences)))
         return np.array(sequences, np.intp)[which]
 
-    def _picoseconds(self, nbytes: float, waited: float) -> Costs:
+    def _picoseconds(self, nbytes: float, waited: Waited) -> Costs:
         """Per sequence what a step waits for a value of this many bytes."""
         known = self._once.get((nbytes, waited))
         if known is None or len(known) < len(self._sequences):
@@ -118,7 +118,7 @@ class ReshardTable:
         rest = self._steps.setdefault(_NOTHING, len(self._steps))
         self._by_step = np.array([[*r, *[rest] * (longest - len(r))] for r in rows], np.intp)
 
-    def _step_seconds(self, step: Step | None, nbytes: float, waited: float) -> float:
+    def _step_seconds(self, step: Step | None, nbytes: float, waited: Waited) -> float:
         if step is None:
             return INFINITY
         return waited_seconds([step], nbytes, self._links, waited)

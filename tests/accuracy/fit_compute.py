@@ -43,6 +43,9 @@ SPECS = {"v3": "v3:1x1", "v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1",
 #   programs many an operand lies in VMEM, and it costs nothing: shares of about 0.3, all and 0.6 of
 #   these are nearest to the steps of tests/accuracy;
 # * whether tables are laid anew when a step begins: as compiled steps of DLRM have it, mostly;
+# * how much longer kernels take for a gather inside: with four kinds of weights of GPT-2 small
+#   split, not whole, 96 gathers take 13 us each on v5e and v5p, nothing on v6e. (On v5e in BERT,
+#   ViT and a mixture of experts: 3.5, 32 and 246 us);
 # * the bandwidth of a product's kernel that also reduces, as it is counted on v6e: without limit.
 #   What the memory can move is taken.
 # (jax 0.10.2, libtpu 0.0.42.1)
@@ -55,6 +58,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_computed": 0.2,
         "product_sum_stream": 0.0,
         "relaid_first": 1,
+        "gather_inside": 13e-6,
     },
     "v5p": {
         "unit": 128,
@@ -63,6 +67,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_computed": 0.5,
         "product_sum_stream": 0.0,
         "relaid_first": 1,
+        "gather_inside": 13e-6,
     },
     "v6e": {
         "unit": 256,
@@ -71,6 +76,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_computed": 0.6,
         "product_sum_stream": cluster(SPECS["v6e"]).chip.hbm_bandwidth,
         "relaid_first": 0,
+        "gather_inside": 0.0,
     },
 }
 
@@ -252,7 +258,13 @@ def worth(found: Mapping[Case, float]) -> str:
 # --- the cluster files
 
 
-_GIVEN = ("product_softmax", "product_computed", "product_sum_stream", "relaid_first")
+_GIVEN = (
+    "product_softmax",
+    "product_computed",
+    "product_sum_stream",
+    "relaid_first",
+    "gather_inside",
+)
 
 
 def table(f: Fitted, worth: str) -> str:
@@ -276,6 +288,7 @@ def table(f: Fitted, worth: str) -> str:
         f"unit = {f.unit}",
         f"vmem_MiB = {f.vmem / 2**20:.4g}",
         *(["relaid_first = 1"] * f.relaid_first),
+        *([f"gather_inside_us = {f.gather_inside * 1e6:.3g}"] * (f.gather_inside > 0)),
         f"conv_efficiency = {f.conv_efficiency:.3g}",
         "",
         "[chip.fitted.efficiency]",
