@@ -14,6 +14,7 @@ import zoo
 import autoshard
 from autoshard import targets
 from autoshard.ask_compiler import CompilerRefused, ask_compiler, out_of_memory
+from autoshard.compiled import Profile
 from autoshard.targets import NoCompiler, gpu_target, target_devices
 from autoshard.verification import match
 from cost_models.cluster import cluster
@@ -199,3 +200,29 @@ def test_the_tpu_compiler_confirms_a_plan_and_its_options() -> None:
     assert 0.3 <= plan.cost.compute_time / found.compiled.compute <= 3
     assert [o.options for o in found.others][-1] == {}
     assert "no options" in str(found)
+
+
+@pytest.mark.libtpu
+def test_gathers_run_beside_compute_on_v6e_with_the_plans_options_and_not_without() -> None:
+    def layers(weights: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+        def layer(y: jax.Array, ws: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            for w in ws:
+                y = jnp.tanh(y @ w)
+            return y, None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    weight, x = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 2048, 2048), (16384, 2048)))
+    target = {"cluster": "tpu-v6e:2x4", "mesh": {"data": 8}}
+    plan = autoshard.plan(layers, (weight,) * 3, x, **target, solver="fsdp")
+    found = plan.verify(top=2)
+
+    def hidden(found: Profile | None) -> float:
+        assert found is not None
+        assert found.step is not None
+        assert found.compute is not None
+        return 1 - (found.step - found.compute) / found.comm
+
+    assert hidden(found.compiled) > 0.2
+    assert hidden(found.others[-1].compiled) == pytest.approx(0, abs=1e-6)
+    assert plan.cost.step_time < plan.cost.compute_time + 0.7 * plan.cost.comm_time
