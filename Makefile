@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint types format notebooks bench accuracy experts fit rank tables wheel-test clean
+.PHONY: demo test lint types format notebooks bench contest accuracy experts fit rank tables wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/02_byte_gpt.py
@@ -41,6 +41,10 @@ notebooks: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest --no-header -q -s -o python_files="bench_*.py" tests/benchmarks $(ARGS)
+
+# The solver on five instances of the IOPDDL contest, within its time limits: six minutes.
+contest: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/contest.py $(ARGS)
 
 # Predictions against the real compilers, and docs/accuracy.md: minutes for each plan that is new.
 # What was compiled before is only predicted again:  make accuracy ARGS="--known"

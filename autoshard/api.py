@@ -36,6 +36,7 @@ from passes.search import SOLVERS, Found, Progress, search
 
 if TYPE_CHECKING:
     from autoshard.verification import Verification
+    from passes.solve.problem import Problem
 
 Hints = Mapping[str, Any]
 
@@ -76,6 +77,17 @@ class Plan:
         return self.data.alternatives
 
     @property
+    def problem(self) -> Problem:
+        """What was solved for this mesh, such as for `passes.solve.iopddl.write`."""
+        found = self._search()
+        if found is None:
+            raise PlanError(
+                "a plan without its function has no problem: give it to Plan.from_json(text, fn, "
+                "*args), or call plan.bind(fn, *args)"
+            )
+        return found.priced.problem
+
+    @property
     def compiler_options(self) -> Mapping[str, str]:
         """XLA's options for the plan's program: `lower().compile(compiler_options=...)`."""
         return dict(self.data.compiler_options)
@@ -107,12 +119,9 @@ class Plan:
 
     def explain(self, glob: str) -> str:
         """Why the values that a glob names are sharded so, and what else would cost."""
-        from autoshard.explain import explain, search_again
+        from autoshard.explain import explain
 
-        if self._found is None and self._traced is not None:
-            state = state_pairs(self._traced)
-            self._found = search_again(self.data, self._traced.graph, state)
-        return explain(self.data, self._found, glob)
+        return explain(self.data, self._search(), glob)
 
     def to_json(self) -> str:
         """The plan as JSON text, the same for the same plan."""
@@ -216,6 +225,15 @@ class Plan:
             tell("compiling without options")
             others.append(verify(self.data, self.lower, found, {}))
         return dataclasses.replace(own, others=tuple(others))
+
+    def _search(self) -> Found | None:
+        """What the plan was found in, searched again where it was read; None without a function."""
+        if self._found is None and self._traced is not None:
+            from autoshard.explain import search_again
+
+            state = state_pairs(self._traced)
+            self._found = search_again(self.data, self._traced.graph, state)
+        return self._found
 
     def _options(self, device: Any) -> dict[str, Any]:
         """The plan's compiler options, where the device is of the platform they are meant for."""

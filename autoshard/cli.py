@@ -1,4 +1,4 @@
-"""The command `autoshard`: plan, run, compare, explain, verify, audit, calibrate, clusters.
+"""The command `autoshard`: plan, run, compare, explain, verify, audit, calibrate, clusters, solve.
 
 Every command is one public call and a print-out. Exit codes: 0 done; 1 no plan fits, or numbers
 differ; 2 the command or the user's code was wrong, in one sentence on stderr (`--debug` shows all);
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -123,15 +124,28 @@ def plan_command(
     specs: Annotated[
         bool, typer.Option("--specs", help="print PartitionSpecs to paste, nothing else")
     ] = False,
+    dump_problem: Annotated[
+        Path | None,
+        typer.Option(
+            "--dump-problem",
+            help="write what was solved for its mesh, in the IOPDDL format: .json or .json.gz",
+            metavar="FILE",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> int:
     """Find the best plan and print it on one screen."""
     del debug
-    if json is not None:
-        _check_writable(json)
+    for file in (json, dump_problem):
+        if file is not None:
+            _check_writable(file)
     found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate)
     if json is not None:
         atomic_file.write(json, found.to_json())
+    if dump_problem is not None:
+        from passes.solve import iopddl
+
+        iopddl.write(found.problem, dump_problem)
     if specs:
         from autoshard.spec_text import specs_text
 
@@ -331,6 +345,48 @@ def clusters_command(
     """List known hardware, or one kind with its sources."""
     del debug
     show(cli_tables.clusters_table() if name is None else cli_tables.cluster_text(name))
+    return 0
+
+
+@app.command("solve")
+@_command
+def solve_command(
+    file: Annotated[
+        Path,
+        typer.Argument(help="a .json or .json.gz file, in the IOPDDL format", metavar="FILE"),
+    ],
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            help="stop after so many seconds, reading included",
+            min=0.0,
+            metavar="SECONDS",
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="write the solution to this file", metavar="OUT")
+    ] = None,
+    debug: Debug = False,
+) -> int:
+    """Solve a problem from a file, such as one of plan --dump-problem."""
+    del debug
+    begin = time.monotonic()
+    from autoshard import solved
+    from passes.solve import iopddl
+    from passes.solve.ilp import solve
+
+    if json is not None:
+        _check_writable(json)
+    with progress("solving") as tell:
+        tell("reading")
+        problem = iopddl.read(file)
+        left = None if time_limit is None else time_limit - (time.monotonic() - begin)
+        found = solve(problem, time_limit=left, progress=lambda now: tell(solved.as_progress(now)))
+    count = solved.counted(problem, found)
+    if json is not None:
+        atomic_file.write(json, solved.as_json(found, count))
+    show(solved.as_text(problem, found, count))
     return 0
 
 

@@ -31,6 +31,7 @@ _MEANT_BY_NAME = frozenset(
         "NoCompiler",
         "NoFeasiblePlan",
         "NotSharded",
+        "ProblemError",
     }
 )
 # Where plain ValueErrors and TypeErrors are sentences for the user too.
@@ -52,7 +53,7 @@ def failure(error: Exception, target: str = "") -> Failure:
     """What to tell the user about an exception."""
     if isinstance(error, TargetFailed) and error.__cause__ is not None:
         return Failure(USER, str(error), users_part(error.__cause__))
-    if type(error).__name__ == "NoFeasiblePlan":
+    if type(error).__name__ in ("NoFeasiblePlan", "NoSolution"):
         return Failure(NO_PLAN, str(error))
     if isinstance(error, _MEANT) or type(error).__name__ in _MEANT_BY_NAME or _checked(error):
         return Failure(USER, str(error))

@@ -113,12 +113,16 @@ def search(
     answers: list[tuple[Priced, Solution]] = []
     best = math.inf
     # The most promising first: the others need only be searched until they can not win.
-    for entry in sorted(entered, key=lambda e: e.promise):
+    left = sorted(entered, key=lambda e: e.promise)
+    interrupted = False
+    while left and not interrupted:
+        entry = left.pop(0)
         priced = entry.priced
         tell(f"mesh {priced.mesh}")
         constant = priced.constant * PICO
         if solver == "ilp":
             solution = solve_within(priced, entry.starts, limit, best - constant)
+            interrupted = solution.stopped == "interrupted"
         else:
             solution = fixed(priced.problem, entry.starts[0])
         if solution.choice or not priced.problem.nodes:
@@ -126,11 +130,15 @@ def search(
             best = min(best, solution.cost + constant)
         else:
             lost.append(Alternative(solver, _axes(priced.mesh), None, _why(priced, solution)))
+    if not answers and interrupted:
+        raise KeyboardInterrupt
     if not answers:
         raise NoFeasiblePlan(_message(setting, lost))
     answers.sort(key=lambda a: (a[1].cost + a[0].constant * PICO, meshes.index(a[0].mesh)))
     priced, solution = answers[0]
-    notes = (_of_attention(fused),) if fused_attention else ()
+    notes = [_of_attention(fused)] * fused_attention
+    if interrupted:
+        notes.append(f"interrupted: {len(left)} of {len(entered)} meshes were not searched")
     plan = assemble(priced, solution, solver, limit, notes)
     plan = replace(plan, fused_attention=fused_attention)
     for p, s in answers[1:]:
@@ -230,20 +238,22 @@ def solve_within(
             tried -= (peak - limit) * 1.1
         elif tried < limit:
             tried = (tried + highest) / 2
-        if tried <= 0 or (tried >= limit and not solution.choice):
+        hopeless = tried <= 0 or (tried >= limit and not solution.choice)
+        if hopeless or solution.stopped == "interrupted":
             break
         solution = solve(replace(priced.problem, limit=tried), starts=starts, cutoff=cutoff)
     for start in starts:
         cost = priced.problem.cost(start)
         if cost < (best.cost if best else math.inf) and _fits(priced, start, limit):
             best = fixed(priced.problem, start)
-            best = replace(best, status="feasible", bound=min(first.bound, cost))
-    if best is not None and best is not first:
-        status = "optimal" if best.cost <= first.bound else "feasible"
-        best = replace(best, bound=min(first.bound, best.cost), status=status)
-    if best is not None:
+    if best is None:
+        lost = replace(first, choice=(), cost=math.inf, status="unknown", stopped=solution.stopped)
+        return lost if first.choice else first
+    if best is first:
         return best
-    return first if not first.choice else replace(first, choice=(), cost=math.inf, status="unknown")
+    status = "optimal" if best.cost <= first.bound else "feasible"
+    bound = min(first.bound, best.cost)
+    return replace(best, bound=bound, status=status, stopped=solution.stopped)
 
 
 def _fits(priced: Priced, choice: Sequence[int], limit: float) -> bool:

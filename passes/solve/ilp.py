@@ -44,7 +44,8 @@ def solve(
     work: deterministic units of effort, about a second each; None stops as soon as the gap is
     small. time_limit: seconds, ends the search early (then the answer may differ between machines).
     progress: told of each new best cost and bound. cutoff: a cost that is to be beaten: the search
-    ends when it can not be. Raises ProblemError for a malformed problem.
+    ends when it can not be. Ctrl-C ends it with what it has; raises KeyboardInterrupt without any,
+    and ProblemError for a malformed problem.
     """
     check(problem)
     meter = Meter(problem, work, time_limit, progress, cutoff)
@@ -55,6 +56,10 @@ def solve(
         stopped = _search(problem, meter)
     except Stop as stop:
         stopped = str(stop)
+    except KeyboardInterrupt:
+        if not meter.choice:
+            raise
+        stopped = "interrupted"
     except _NothingFits as nothing:
         return Solution((), np.inf, np.inf, 0.0, "infeasible", meter.work, nothing.shortage)
     if not meter.choice and (problem.nodes or meter.cost > 0):

@@ -123,7 +123,8 @@ class Solution:
     cost infinite) or "unknown" (nothing feasible found within the budget, nothing proven).
     work: deterministic units of effort spent, for reports. shortage: of an infeasible problem,
     where memory falls short, when that is the reason. stopped: what ended the search, "proven",
-    "good" (gap small enough), "cutoff" (nothing beats what was to be beaten), "work" or "time".
+    "good" (gap small enough), "cutoff" (nothing beats what was to be beaten), "work", "time" or
+    "interrupted" (Ctrl-C).
     """
 
     choice: tuple[int, ...]
