@@ -33,7 +33,9 @@ _PEAKS = 8  # new rows in one step at most
 
 
 class Ascent:
-    """Prices and messages of one core. bound: the best so far, at `prices`."""
+    """Prices and messages of one core. bound: the best so far, at `prices`. fitting: the cheapest
+    choice that fits of those met in the last climb.
+    """
 
     def __init__(self, core: Core, meter: Meter) -> None:
         self.core, self.meter = core, meter
@@ -41,6 +43,8 @@ class Ascent:
         self.messages = Messages(core.unary, core.links, compiled=True)
         self.plain = self.messages.flat.copy()
         self.bound = -np.inf
+        self.fitting: Indices | None = None
+        self._least = np.inf  # what that costs
         self.prices = self._prices = np.zeros(len(core.slack))
         self._priced = np.zeros(len(self.plain))
         self._peaks: dict[int, None] = {}
@@ -67,6 +71,7 @@ class Ascent:
         self.messages.restore(self._saved)
         self._prices = self.prices
         self._priced = self._memory_at(self._prices)
+        self.fitting, self._least = None, np.inf
         direction = np.zeros(len(self._prices))
         idle = 0
         for _ in range(steps):
@@ -100,6 +105,8 @@ class Ascent:
         over = self.rows.over(choice)
         if over.max(initial=-1.0) <= 0:
             cost = self.core.cost(choice)
+            if cost < self._least:
+                self.fitting, self._least = choice, cost
             if cost < self.meter.cost:
                 self.meter.offer(self.core.expand(choice))
         for row in peaks(over):

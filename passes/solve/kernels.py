@@ -22,6 +22,9 @@ except ImportError:  # pragma: no cover - an install without numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# What a weight on memory becomes where a tree did not fit.
+HEAVIER, HEAVIER_BY = 1.6, 0.15
+
 
 def compiled(function: F) -> F:
     """The function as machine code, kept on disk for the next process where that can be written."""
@@ -293,11 +296,93 @@ def _minimise(  # noqa: C901 (one loop, compiled as one)
 
 
 @compiled
-def improve(  # noqa: C901 (one loop, compiled as one)
+def _change(
+    count: int,
+    nodes: Indices,
+    place: Indices,
+    stamp: int,
+    stamps: Indices,
+    start: Indices,
+    size: Indices,
+    edges: Indices,
+    edge_at: Indices,
+    first: Indices,
+    second: Indices,
+    table: Indices,
+    tables: Costs,
+    unary: Costs,
+    choice: Indices,
+    found: Indices,
+) -> float:
+    """What a tree's choices in `found` cost more than those it has: unary and table costs."""
+    cost = 0.0
+    for a in range(count):
+        v = nodes[a]
+        s, n, old, new = start[v], size[v], choice[v], found[a]
+        cost += unary[s + new] - unary[s + old]
+        for b in range(edge_at[v], edge_at[v + 1]):
+            e = edges[b]
+            if first[e] == v:
+                u = second[e]
+                t, m = table[e], size[u]
+                to = found[place[u]] if stamps[u] == stamp else choice[u]
+                cost += tables[t + new * m + to] - tables[t + old * m + choice[u]]
+            elif stamps[first[e]] != stamp:
+                t = table[e] + choice[first[e]] * n
+                cost += tables[t + new] - tables[t + old]
+    return cost
+
+
+@compiled
+def _place(
+    count: int,
+    nodes: Indices,
+    span_at: Indices,
+    begin: Indices,
+    end: Indices,
+    usage_at: Indices,
+    usage: Costs,
+    choice: Indices,
+    found: Indices,
+    wanted: bool,
+    over: Costs,
+    change: Costs,
+) -> tuple[bool, int]:
+    """Whether a tree's choices fit into each row, or into one that was over as well as before; rows
+    looked at. Where they fit and are wanted, `over` is brought up to date. change: all zero.
+    """
+    low, high = len(over), 0
+    for a in range(count):
+        v, old, new = nodes[a], choice[nodes[a]], found[a]
+        for k in range(span_at[v], span_at[v + 1]) if new != old else range(0):
+            more = usage[usage_at[k] + new] - usage[usage_at[k] + old]
+            if more != 0.0:
+                change[begin[k]] += more
+                change[end[k]] -= more
+                low, high = min(low, begin[k]), max(high, end[k])
+    fits, run = True, 0.0
+    for r in range(low, high):
+        run += change[r]
+        if run > 0.0 and over[r] + run > 0.0:
+            fits = False
+            break
+    run = 0.0
+    for r in range(low, high):
+        run += change[r]
+        change[r] = 0.0
+        if fits and wanted:
+            over[r] += run
+    change[high] = 0.0
+    return fits, max(0, high - low)
+
+
+@compiled
+def improve(
     state: Any,
     tries: int,
     most: int,
     weights: Costs,
+    heavier: int,
     judged: float,
     start: Indices,
     size: Indices,
@@ -320,18 +405,18 @@ def improve(  # noqa: C901 (one loop, compiled as one)
 ) -> float:
     """Try so many random trees, and take what fits and costs no more; entries looked at.
 
-    Each tree is minimised at one of the weights on `memory`; what it costs is judged at the weight
-    `judged`. choice, over (bytes above the limit per row) and gained[0] (unary and table costs) are
-    brought up to date.
+    Each tree is minimised at one of the weights on `memory`, and up to so many times at a heavier
+    one while it does not fit; what it costs is judged at the weight `judged`. choice, over (bytes
+    above the limit per row) and gained[0] (unary and table costs) are brought up to date.
     """
-    nodes_in_all, rows, work = len(size), len(over), 0.0
+    nodes_in_all, work = len(size), 0.0
     stamps, touched = np.zeros(nodes_in_all, np.intp), np.zeros(nodes_in_all, np.intp)
     touches, place = np.zeros(nodes_in_all, np.intp), np.zeros(nodes_in_all, np.intp)
     waiting = np.zeros(nodes_in_all, np.intp)
     nodes, parents = np.zeros(most, np.intp), np.zeros(most, np.intp)
     by, found = np.zeros(most, np.intp), np.zeros(most, np.intp)
     value, pick = np.zeros((most, size.max())), np.zeros((most, size.max()), np.intp)
-    change = np.zeros(rows + 1)
+    change = np.zeros(len(over) + 1)
     for attempt in range(tries):
         stamp = attempt + 1
         weight = weights[_next_random(state, len(weights))]
@@ -341,49 +426,33 @@ def improve(  # noqa: C901 (one loop, compiled as one)
             state, limit, edges, edge_at, first, second, stamp, stamps, touched, touches,
             waiting, place, nodes, parents, by,
         )  # fmt: skip
-        work += _minimise(
-            count, nodes, parents, by, stamp, stamps, start, size, edges, edge_at, first, second,
-            table, tables, unary, memory, weight, choice, value, pick, found,
-        )  # fmt: skip
-        cost = held = 0.0
-        low, high = rows, 0
-        for a in range(count):
-            v = nodes[a]
-            s, n, old, new = start[v], size[v], choice[v], found[a]
-            cost += unary[s + new] - unary[s + old]
-            held += memory[s + new] - memory[s + old]
-            for b in range(edge_at[v], edge_at[v + 1]):
-                e = edges[b]
-                if first[e] == v:
-                    u = second[e]
-                    t, m = table[e], size[u]
-                    to = found[place[u]] if stamps[u] == stamp else choice[u]
-                    cost += tables[t + new * m + to] - tables[t + old * m + choice[u]]
-                elif stamps[first[e]] != stamp:
-                    t = table[e] + choice[first[e]] * n
-                    cost += tables[t + new] - tables[t + old]
-            if new != old:
-                for k in range(span_at[v], span_at[v + 1]):
-                    more = usage[usage_at[k] + new] - usage[usage_at[k] + old]
-                    if more != 0.0:
-                        change[begin[k]] += more
-                        change[end[k]] -= more
-                        low, high = min(low, begin[k]), max(high, end[k])
-        fits = cost + judged * held <= 0.0
-        run = 0.0
-        for r in range(low, high):
-            run += change[r]
-            fits = fits and not (run > 0.0 and over[r] + run > 0.0)
-        run = 0.0
-        for r in range(low, high):
-            run += change[r]
-            if fits:
-                over[r] += run
-            change[r] = 0.0
-        change[high] = 0.0
-        work += high - low if high > low else 0
-        if fits:
-            gained[0] -= cost
+        for _ in range(1 + heavier):
+            work += _minimise(
+                count, nodes, parents, by, stamp, stamps, start, size, edges, edge_at, first,
+                second, table, tables, unary, memory, weight, choice, value, pick, found,
+            )  # fmt: skip
+            cost = _change(
+                count, nodes, place, stamp, stamps, start, size, edges, edge_at, first, second,
+                table, tables, unary, choice, found,
+            )  # fmt: skip
+            held, same = 0.0, True
             for a in range(count):
-                choice[nodes[a]] = found[a]
+                s, old = start[nodes[a]], choice[nodes[a]]
+                held += memory[s + found[a]] - memory[s + old]
+                same = same and found[a] == old
+            if same:
+                break
+            better = cost + judged * held <= 0.0
+            fits, rows = _place(
+                count, nodes, span_at, begin, end, usage_at, usage, choice, found, better, over,
+                change,
+            )  # fmt: skip
+            work += rows
+            if fits and better:
+                gained[0] -= cost
+                for a in range(count):
+                    choice[nodes[a]] = found[a]
+            if fits:
+                break
+            weight = HEAVIER * weight + HEAVIER_BY
     return work

@@ -21,9 +21,12 @@ from passes.solve.meter import Meter
 from passes.solve.problem import Costs
 from passes.solve.reduction import Core
 
-# Weights of the memory's price while a tree is minimised, and while it is judged; and per round how
-# many trees of how many nodes at most.
-_WEIGHTS = ((np.array([1.0, 0.5, 0.0, 1.5]), 0.0), (np.array([1.0]), 1.0))
+# Weights of the memory's price while a tree is minimised, and while it is judged; how often it is
+# minimised at a heavier one while it does not fit; and per round how many trees of how many nodes
+# at most.
+_WEIGHTS = ((np.array([0.3, 0.1, 0.0, 0.6]), 0.0), (np.array([0.5]), 0.5))
+_HEAVIER = 3
+_SEED = 88172645463325252
 _ROUNDS = ((1000, 30), (1000, 100), (300, 400))
 
 
@@ -44,7 +47,8 @@ class Trees:
         edges = np.argsort(ends, kind="stable").astype(np.intp)
         self._edges = edges % max(len(graph.first), 1)
         self._edge_at = np.searchsorted(ends[edges], np.arange(len(graph.size) + 1)).astype(np.intp)
-        self._random = np.array([88172645463325252], dtype=np.uint64)
+        # Another choice, or the same with another effort behind it, gets other trees.
+        self._random = np.array([_SEED + int(1e6 * meter.work)], dtype=np.uint64)
         self._turns = itertools.cycle(itertools.product(_ROUNDS, _WEIGHTS))
 
     def improve(self, rounds: int, memory: Costs) -> None:
@@ -55,7 +59,7 @@ class Trees:
             (tries, most), (weights, judged) = next(self._turns)
             gained = np.zeros(1)
             work = function(
-                self._random, tries, most, weights, judged, g.start, g.size, self._edges,
+                self._random, tries, most, weights, _HEAVIER, judged, g.start, g.size, self._edges,
                 self._edge_at, g.first, g.second, g.table, g.tables, self.plain, memory,
                 self._span_at, r.begin, r.end, r.first, r.usage, self.choice, self.over, gained,
             )  # fmt: skip
