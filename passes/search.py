@@ -32,6 +32,7 @@ from passes.price import HintUnmet, Priced, price
 from passes.reshard_table import PICO
 from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Problem, Solution
+from passes.worth import worth_of_memory
 
 SOLVERS = ("ilp", "propagate", *BASELINES)
 AXIS_NAMES = ("data", "model", "seq")
@@ -139,6 +140,7 @@ def search(
     notes = [_of_attention(fused)] * fused_attention
     if interrupted:
         notes.append(f"interrupted: {len(left)} of {len(entered)} meshes were not searched")
+    notes += worth_of_memory(priced, solution)
     plan = assemble(priced, solution, solver, limit, notes)
     plan = replace(plan, fused_attention=fused_attention)
     for p, s in answers[1:]:
@@ -253,7 +255,7 @@ def solve_within(
         return best
     status = "optimal" if best.cost <= first.bound else "feasible"
     bound = min(first.bound, best.cost)
-    return replace(best, bound=bound, status=status, stopped=solution.stopped)
+    return replace(best, bound=bound, status=status, stopped=solution.stopped, prices=first.prices)
 
 
 def _fits(priced: Priced, choice: Sequence[int], limit: float) -> bool:

@@ -81,6 +81,7 @@ class Ascent:
             if bound > self.bound:
                 self.bound, self.prices = bound, self._prices
                 self._saved = self.messages.state()
+                self.meter.note_prices(self.core.times, self.prices)
                 self.meter.raise_bound(bound)
             if idle > _PATIENCE:
                 theta, idle = theta * _SHORTER, 0

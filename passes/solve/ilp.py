@@ -66,7 +66,9 @@ def solve(
         return Solution((), np.inf, meter.bound, 0.0, "unknown", meter.work, None, stopped)
     peak = float(problem.memory(meter.choice).max(initial=0.0))
     status = "optimal" if meter.bound >= meter.cost else "feasible"
-    return Solution(meter.choice, meter.cost, meter.bound, peak, status, meter.work, None, stopped)
+    return Solution(
+        meter.choice, meter.cost, meter.bound, peak, status, meter.work, None, stopped, meter.prices
+    )
 
 
 class _NothingFits(Exception):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from passes.solve.problem import INFINITY, Problem
+from passes.solve.memory import Indices
+from passes.solve.problem import INFINITY, Costs, Problem
 
 # A solve without a budget stops when the gap is small for the units spent, or at long last anyway.
 _GOOD = ((1.0, 1e-4), (2.0, 1e-3), (3.0, 2e-3), (6.0, 5e-3))
@@ -59,6 +60,7 @@ class Meter:
         self.cost = np.inf
         self.bound = -np.inf
         self.work = 0.0
+        self.prices: tuple[tuple[int, float], ...] = ()
         self._budget = work
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._progress = progress or (lambda _: None)
@@ -78,6 +80,11 @@ class Meter:
         if bound > self.bound:
             self.bound = min(float(bound), self.cost)
             self._settle()
+
+    def note_prices(self, times: Indices, prices: Costs) -> None:
+        """Note what a byte of memory is worth at these times, where it is worth anything."""
+        worth = np.flatnonzero(prices > 0)
+        self.prices = tuple((int(times[r]), float(prices[r])) for r in worth)
 
     def spend(self, work: float) -> None:
         """Note effort; raises Stop when there is none left."""

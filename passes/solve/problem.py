@@ -124,7 +124,8 @@ class Solution:
     work: deterministic units of effort spent, for reports. shortage: of an infeasible problem,
     where memory falls short, when that is the reason. stopped: what ended the search, "proven",
     "good" (gap small enough), "cutoff" (nothing beats what was to be beaten), "work", "time" or
-    "interrupted" (Ctrl-C).
+    "interrupted" (Ctrl-C). prices: by time, what the bound would fall for a byte more of memory
+    there; only where memory binds.
     """
 
     choice: tuple[int, ...]
@@ -135,6 +136,7 @@ class Solution:
     work: float = 0.0
     shortage: Shortage | None = None
     stopped: str = "proven"
+    prices: tuple[tuple[int, float], ...] = ()
 
     @property
     def gap(self) -> float:

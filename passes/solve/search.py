@@ -92,11 +92,13 @@ class Search:
             left = self.meter.cost - visit.value
             if np.array_equal(old, prices) or promise - visit.value <= 0.02 * left:
                 if self.meter.cost < np.inf or promise < 0.9 * self.guess:
+                    self.meter.note_prices(priced.core.times, priced.best_prices)
                     self.certify(priced, visit.value)
                     return True
                 self.raise_guess()
                 prices, _ = self.new_prices()
             priced.set_prices(self.between(priced.best_prices, prices[at]))
+        self.meter.note_prices(priced.core.times, priced.best_prices)
         priced.set_prices(priced.best_prices)
         return True
 

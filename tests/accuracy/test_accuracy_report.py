@@ -43,15 +43,16 @@ def test_the_page_is_that_of_the_rows() -> None:
 
 
 def test_an_error_is_relative_to_what_was_compiled() -> None:
-    memory, compute, sent = LINES
+    memory, compute, sent, step = LINES
     found = row(predicted={"peak_memory": 1.5 * GIB}, compiled={"compute": None, "sent": 0.0})
+    assert error(step, row(predicted={"step_time": 1e-3})) == pytest.approx(0.5)
     assert error(memory, found) == pytest.approx(0.5)
     assert error(compute, found) is None
     assert error(sent, found) is None, "nothing is sent: there is no ratio"
 
 
 def test_what_does_not_fit_is_compared_with_what_it_wanted() -> None:
-    memory, compute, _ = LINES
+    memory, compute, *_ = LINES
     found = row(predicted={"peak_memory": 30 * GIB}, needed=40 * GIB)
     found["compiled"] = None
     assert error(memory, found) == pytest.approx(0.25)
