@@ -171,6 +171,13 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
         if size:
             yield Held(begin, end, size, v, values[v], True)
+    for _, copy in held_changes(priced, changed):
+        yield copy
+
+
+def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
+    """What lies in memory for each reshard: its copy, or the summands it sums."""
+    live = priced.live
     last: dict[int, int] = {}
     for (op, _), copy in priced.copies.items():
         last[copy] = max(last.get(copy, 0), live.when[op])
@@ -181,11 +188,11 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
             continue
         end = last[c.shared] if c.side == "copy" else begin
         size = lying_bytes(c.value, c.nbytes, c.target, priced)
-        yield Held(begin, end + 1, size, c.value, c.target, True)
+        yield c, Held(begin, end + 1, size, c.value, c.target, True)
     yield from _summands(priced, changed)
 
 
-def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[Held]:
+def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
     """Results that lie there as they are made, too.
 
     Not where a TPU hands them on in its VMEM. But those of what a loop stacks up, as of gradients,
@@ -206,7 +213,7 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[Held]:
             end = max(end, live.when[graph.regions[loop].end - 1])
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
-            yield Held(begin, end, size, c.value, c.source, True)
+            yield c, Held(begin, end, size, c.value, c.source, True)
 
 
 def _stacked(graph: Graph) -> frozenset[int]:
