@@ -7,13 +7,15 @@ them the bound falls for each byte more (Lagrangian duality: Everett, Operations
 
 from __future__ import annotations
 
+import math
+
 from cost_models.units import format_bytes, format_seconds
 from passes.price import Priced
 from passes.reshard_table import PICO
 from passes.solve.problem import Solution
 
-_UNITS = (2**30, 2**20, 2**10)
-_SHARE = 1 / 8  # of the limit, at most, is what the sentence speaks of
+_MOST = 2.0**30  # bytes that the sentence speaks of, and
+_SHARE = 1 / 8  # of the limit at most
 _LEAST = 1e-3  # of the step, is worth a word
 
 
@@ -22,7 +24,7 @@ def worth_of_memory(priced: Priced, solution: Solution) -> list[str]:
     limit = priced.problem.limit
     if not solution.prices or limit is None:
         return []
-    unit = next((u for u in _UNITS if u <= _SHARE * limit), 1)
+    unit = min(_MOST, 2.0 ** math.floor(math.log2(max(1.0, _SHARE * limit))))
     saved = {time: price * unit / PICO for time, price in solution.prices}
     total = sum(saved.values())
     if total < _LEAST * (solution.cost / PICO + priced.constant):
