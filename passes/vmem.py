@@ -1,9 +1,9 @@
 """What does a TPU hold in its VMEM, so that it takes no room in the HBM?
 
 XLA:TPU hands small results on there (`S(1)` in a compiled program), as they fit beside what it
-fetches ahead, in an order of its own. Counted are results of up to an eighth of VMEM each that are
-read for the last time within 80 steps, together up to three eighths of it. That is what brings the
-peaks of 182 compiled plans closest on v5e, v5p and v6e alike (docs/accuracy.md; jax 0.10.2, libtpu
+fetches ahead, in an order of its own. Counted are results of less than an eighth of VMEM each that
+are read for the last time within 80 steps, together up to three eighths of it. That brings the
+peaks of 182 compiled plans close on v5e, v5p and v6e alike (docs/accuracy.md; jax 0.10.2, libtpu
 0.0.42.1): programs of a few hundred MB were counted up to 50 % too large without.
 """
 
@@ -28,7 +28,7 @@ def in_vmem(results: Iterable[Span], steps: int, vmem: float) -> npt.NDArray[np.
     """
     change = np.zeros(steps + 1)
     for begin, end, nbytes in results:
-        if nbytes <= _EACH * vmem and end - begin <= _SOON:
+        if nbytes < _EACH * vmem and end - begin <= _SOON:
             change[begin] += nbytes
             change[end] -= nbytes
     return np.minimum(np.cumsum(change)[:steps], _TOGETHER * vmem)
