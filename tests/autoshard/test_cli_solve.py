@@ -68,7 +68,7 @@ def test_a_time_limit_ends_it_and_is_said(tmp_path: Path) -> None:
     [
         (b"{", "not JSON"),
         (b'{"problem": {}}', "problem has no 'nodes'"),
-        (gzip.compress(b"{}")[:-9], "cannot read"),
+        (gzip.compress(b"{}", mtime=0)[:-9], "cannot read"),
         (b"\xff\xfe", "cannot read"),
         (
             json.dumps(
@@ -95,6 +95,7 @@ def test_a_time_limit_ends_it_and_is_said(tmp_path: Path) -> None:
             "edge 0 ends at node 3, but there are 1 nodes",
         ),
     ],
+    ids=["half", "empty", "cut", "binary", "negative", "no such node"],
 )
 def test_bad_files_get_a_sentence(tmp_path: Path, data: bytes, message: str) -> None:
     file, out = tmp_path / "bad.json", tmp_path / "out.json"
