@@ -39,13 +39,21 @@ def planned(limit_mib: int | None) -> autoshard.Plan:
     )
 
 
-@pytest.mark.parametrize("limit", [250, 180])
-def test_a_limit_that_only_copies_break_costs_little(limit: int) -> None:
-    free, tight = planned(None), planned(limit)
-    assert free.cost.peak_memory > limit * MIB >= tight.cost.peak_memory
+def fsdp(plan: autoshard.Plan) -> float:
+    return min(a.cost.step_time for a in plan.alternatives if a.solver == "fsdp" and a.cost)
+
+
+def test_a_limit_that_only_copies_break_costs_little() -> None:
+    free, tight = planned(None), planned(250)
+    assert free.cost.peak_memory > 250 * MIB >= tight.cost.peak_memory
     assert free.cost.step_time < tight.cost.step_time < 1.02 * free.cost.step_time
-    fsdp = min(a.cost.step_time for a in tight.alternatives if a.solver == "fsdp" and a.cost)
-    assert tight.cost.step_time < 0.8 * fsdp, "a baseline would have fitted, too"
+    assert tight.cost.step_time < 0.8 * fsdp(tight), "a baseline would have fitted, too"
+
+
+def test_a_tight_limit_is_kept_and_no_baseline_is_faster() -> None:
+    tight = planned(180)
+    assert tight.cost.peak_memory <= 180 * MIB
+    assert tight.cost.step_time < fsdp(tight)
 
 
 def test_copies_that_did_not_fit_are_told_to_the_problem() -> None:
