@@ -53,7 +53,7 @@ def test_a_limit_that_only_copies_break_costs_little() -> None:
 def test_a_tight_limit_is_kept_and_no_baseline_is_faster() -> None:
     tight = planned(180)
     assert tight.cost.peak_memory <= 180 * MIB
-    assert tight.cost.step_time < fsdp(tight)
+    assert tight.cost.step_time <= fsdp(tight)
 
 
 def test_copies_that_did_not_fit_are_told_to_the_problem() -> None:
