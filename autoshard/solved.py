@@ -31,9 +31,10 @@ def counted(problem: Problem, solution: Solution) -> Count:
         )
     if solution.status == "infeasible":
         raise NoSolution(f"no choices of {what} may be taken together within its limit")
+    ended = "time" if solution.stopped == "time" else "its budget of work"
     raise NoSolution(
-        f"no choice of {what} was found that fits ({solution.stopped} ran out); a longer "
-        "--time-limit may find one"
+        f"no choice of {what} was found that fits before {ended} ran out; a longer --time-limit "
+        "may find one"
     )
 
 

@@ -41,8 +41,9 @@ def solve(
 ) -> Solution:
     """The cheapest feasible choice found, never dearer than the best feasible start, and a bound.
 
-    work: deterministic units of effort, about a second each; None stops as soon as the gap is
-    small. time_limit: seconds, ends the search early (then the answer may differ between machines).
+    work: deterministic units of effort, about a second each. time_limit: seconds; then the answer
+    may differ between machines. It ends at the first of them, or proven optimal; with neither, as
+    soon as the gap is small.
     progress: told of each new best cost and bound. cutoff: a cost that is to be beaten: the search
     ends when it can not be. Ctrl-C ends it with what it has; raises KeyboardInterrupt without any,
     and ProblemError for a malformed problem.

@@ -1,5 +1,7 @@
 """How much effort is left, and how good is the answer so far?  The anytime state of one solve.
 
+A solve that is given neither work nor seconds stops when its gap is small for the effort spent.
+
 Effort is counted in deterministic units, about a second each on a laptop core, from table entries,
 visits and CP-SAT's own deterministic time; so a budget ends a search at the same place on every
 machine. Only an explicit time limit looks at a clock.
@@ -61,7 +63,8 @@ class Meter:
         self.bound = -np.inf
         self.work = 0.0
         self.prices: tuple[tuple[int, float], ...] = ()
-        self._budget = work
+        # Who gives seconds, and no work, wants them used.
+        self._budget = np.inf if work is None and time_limit is not None else work
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._progress = progress or (lambda _: None)
         self._whole = _whole(problem)

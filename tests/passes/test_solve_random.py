@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passes.solve.brute import brute_force
 from passes.solve.ilp import solve
-from passes.solve.meter import Progress
+from passes.solve.meter import Meter, Progress, Stop
 from passes.solve.problem import INFINITY, Edge, Node, Problem, ProblemError, Use
 from passes.solve.samples import knotty_problem, random_problem
 
@@ -142,6 +142,20 @@ def test_a_time_limit_ends_the_search_and_is_told() -> None:
             assert found.status in ("feasible", "unknown")
             return
     pytest.fail("no solve was stopped")
+
+
+def test_a_small_gap_ends_only_a_search_without_a_limit() -> None:
+    problem = Problem("one", (Node(np.array([1000.0, 2000.0])),), ())
+    for work, seconds, stopped in ((None, None, "good"), (None, 3600.0, ""), (99.0, None, "")):
+        meter = Meter(problem, work, seconds, None)
+        meter.offer((0,))
+        meter.raise_bound(998.0)  # 0.2 %
+        if stopped:
+            with pytest.raises(Stop, match=stopped):
+                meter.spend(50.0)
+        else:
+            meter.spend(50.0)
+            assert meter.work_left() > 10
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0, 1.5])
