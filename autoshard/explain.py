@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from autoshard.alike import mirrors, rows, type_text
 from autoshard.columns import columns
 from autoshard.report import hint_text
-from autoshard.report_costs import line_text, moves_table
+from autoshard.report_costs import moves_table
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes, format_seconds
 from passes.assemble import Held, changes, held, memory, moves_of, op_strategies, value_axes
@@ -23,9 +23,11 @@ from passes.hints import HintError, match, named, nearest, path_of
 from passes.ir.graph import Graph, Hint, short_dtype
 from passes.ir.plan import Axes, Cost, Plan, TensorPlan
 from passes.ir.sharding import Sharding
+from passes.ir.text import line_text
 from passes.propagate import propagate
 from passes.search import Found, search
 from passes.what_if import WhatIf, touching, what_if, without_limit
+from passes.worth import moment
 
 Progress = Callable[[str], None]
 _WIDTH = 100
@@ -278,7 +280,7 @@ def _memory(found: Found, t: Target, progress: Progress | None) -> list[str]:
     time = int(taken.argmax())
     there = [h for h in lying if h.begin <= time < h.end]
     there.sort(key=lambda h: (-h.nbytes, h.value))
-    where = _moment(found, time)
+    where = moment(priced, time)
     lines = [
         f"memory {peak} of {limit}; {_binding(found, t)}",
         f"  fullest {where}, where {len(there)} arrays lie",
@@ -290,13 +292,6 @@ def _memory(found: Found, t: Target, progress: Progress | None) -> list[str]:
         place = "in VMEM" if priced.cluster.platform == "tpu" else "where a result will be"
         lines.append(f"    of them {format_bytes(elsewhere)} {place}")
     return lines
-
-
-def _moment(found: Found, time: int) -> str:
-    if time >= len(found.priced.live.order):
-        return "at the end"
-    op = found.priced.graph.ops[found.priced.live.order[time]]
-    return f"at {line_text(op.source)}, {op.name}"
 
 
 def _held_line(found: Found, h: Held) -> tuple[str, str, str]:

@@ -8,8 +8,8 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from autoshard.columns import columns
-from autoshard.report_costs import line_text
 from cost_models.units import format_bytes, format_seconds
+from passes.ir.text import line_text
 
 if TYPE_CHECKING:
     from autoshard.auditing import Audit

@@ -9,6 +9,7 @@ from autoshard.columns import columns, cut
 from cost_models.units import format_bytes, format_seconds
 from passes.hints import path_of
 from passes.ir.plan import Alternative, Cost, Move, Plan
+from passes.ir.text import line_text
 
 WIDTH = 100
 _MOST_LINES, _MOST_LOST, _MOST_MESHES = 8, 9, 3
@@ -74,11 +75,6 @@ def moved(moves: Sequence[Move], most: int) -> str:
     if " of " not in name and len(name) > room:  # of a path its end tells most
         return ".." + name[2 - room :] + more
     return cut(name, room) + more
-
-
-def line_text(source: str) -> str:
-    """`train.py:14 (loss)`, without a function that has no name."""
-    return re.sub(r" \(<.*>\)$", "", source) or "(no source line)"
 
 
 def values_text(names: Sequence[str]) -> str:

@@ -12,27 +12,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from cost_models.cluster import Cluster
 from cost_models.topology import lay
 from cost_models.units import format_bytes
 from passes.anchors import anchors
-from passes.assemble import (
-    assemble,
-    changes,
-    cost_of,
-    held,
-    held_changes,
-    memory,
-    op_strategies,
-    value_axes,
-)
+from passes.assemble import assemble, cost_of
 from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
 from passes.compiler import hides_latencies
 from passes.decisions import Decisions, decide
+from passes.fitting import fixed, solve_within
 from passes.fusion import Fusion, fuse
 from passes.hints import HintError
 from passes.ir.graph import Graph, Hint
@@ -41,14 +31,11 @@ from passes.ir.plan import Alternative, Plan
 from passes.liveness import Liveness, liveness
 from passes.price import HintUnmet, Priced, price
 from passes.reshard_table import PICO
-from passes.solve.ilp import solve
-from passes.solve.problem import INFINITY, Problem, Solution, Use
+from passes.solve.problem import Solution
 from passes.worth import worth_of_memory
 
 SOLVERS = ("ilp", "propagate", *BASELINES)
 AXIS_NAMES = ("data", "model", "seq")
-_ROUNDS = 6  # of solving again, for what the problem leaves out
-_NEAR_LIMIT = 0.5  # of the limit, from which a moment counts
 Progress = Callable[[str], None]
 
 
@@ -228,110 +215,6 @@ def _enter(
             promise = min(promise, cost.step_time)
         others.append(Alternative(name, _axes(mesh), cost, note))
     return _Entry(priced, tuple(starts), promise), others
-
-
-def solve_within(
-    priced: Priced, starts: Sequence[Sequence[int]], limit: float, cutoff: float = math.inf
-) -> Solution:
-    """Solve, and again, told of copies, while the exact memory count is above the limit.
-
-    The problem leaves resharded copies out. Those of a choice that does not fit are added to what
-    that choice takes (`with_copies`), a few times over; where this leads nowhere, the limit is
-    lowered instead. A choice that fits by the exact count is kept; without any, the answer is
-    "infeasible" if the problem itself is, else "unknown". cutoff: a cost to be beaten; where that
-    can not be, the choice is the best one met until this was known.
-    """
-    first = solve(priced.problem, starts=starts, cutoff=cutoff)
-    best, stopped = _with_copies_told(priced, first, starts, limit, cutoff)
-    if best is None and stopped != "interrupted":
-        best, stopped = _under_a_lower_limit(priced, first, starts, limit, cutoff)
-    for start in starts:
-        cost = priced.problem.cost(start)
-        if cost < (best.cost if best else math.inf) and _fits(priced, start, limit):
-            best = fixed(priced.problem, start)
-    if best is None:
-        lost = replace(first, choice=(), cost=math.inf, status="unknown", stopped=stopped)
-        return lost if first.choice else first
-    if best is first:
-        return best
-    status = "optimal" if best.cost <= first.bound else "feasible"
-    bound = min(first.bound, best.cost)
-    return replace(best, bound=bound, status=status, stopped=stopped, prices=first.prices)
-
-
-def _with_copies_told(
-    priced: Priced, first: Solution, starts: Sequence[Sequence[int]], limit: float, cutoff: float
-) -> tuple[Solution | None, str]:
-    """One that fits, if copies added to the problem lead to it; and what ended the last search."""
-    problem, solution = priced.problem, first
-    for _ in range(_ROUNDS):
-        if not solution.choice:
-            break
-        if _fits(priced, solution.choice, limit):
-            return solution, solution.stopped
-        if solution.stopped == "interrupted":
-            break
-        problem = with_copies(priced, problem, solution.choice, limit)
-        solution = solve(problem, starts=starts, cutoff=cutoff)
-    return None, solution.stopped
-
-
-def _under_a_lower_limit(
-    priced: Priced, first: Solution, starts: Sequence[Sequence[int]], limit: float, cutoff: float
-) -> tuple[Solution | None, str]:
-    """One that fits, if a limit lowered by what is too much leads to it, or one halfway back."""
-    solution, highest, tried = first, limit, limit
-    for _ in range(_ROUNDS):
-        if solution.choice:
-            peak = cost_of(priced, solution.choice).peak_memory
-            if peak <= limit:
-                return solution, solution.stopped
-            highest = tried
-            tried -= (peak - limit) * 1.1
-        elif tried < limit:
-            tried = (tried + highest) / 2
-        hopeless = tried <= 0 or (tried >= limit and not solution.choice)
-        if hopeless or solution.stopped == "interrupted":
-            break
-        solution = solve(replace(priced.problem, limit=tried), starts=starts, cutoff=cutoff)
-    return None, solution.stopped
-
-
-def with_copies(priced: Priced, problem: Problem, choice: Sequence[int], limit: float) -> Problem:
-    """The problem with the copies of a choice, at the moments when it takes more than the limit.
-
-    A copy's bytes are added to what the choice of the operation that makes it takes, or of the
-    value where no decision is the operation's: right for this choice, and mostly too much for
-    others that share a part of it.
-    """
-    values, chosen = value_axes(priced, choice), op_strategies(priced, choice)
-    changed = changes(priced, choice, values, chosen)
-    taken = memory(priced, list(held(priced, values, changed)))
-    over = np.flatnonzero(taken > _NEAR_LIMIT * limit)
-    more: dict[int, list[Use]] = {}
-    for c, h in held_changes(priced, changed):
-        at = np.searchsorted(over, [h.begin, h.end])
-        owner = priced.owner[c.op]
-        node = owner if owner >= 0 else priced.node_of_group[priced.decisions.group_of[c.value]]
-        if at[0] < at[1] and node >= 0 and h.nbytes:
-            usages = np.zeros(len(problem.nodes[node].costs))
-            usages[choice[node]] = h.nbytes
-            more.setdefault(node, []).append(Use(h.begin, h.end, usages))
-    nodes = list(problem.nodes)
-    for node, uses in more.items():
-        nodes[node] = replace(nodes[node], uses=(*nodes[node].uses, *uses))
-    return replace(problem, nodes=tuple(nodes))
-
-
-def _fits(priced: Priced, choice: Sequence[int], limit: float) -> bool:
-    return priced.problem.cost(choice) < INFINITY and cost_of(priced, choice).peak_memory <= limit
-
-
-def fixed(problem: Problem, choice: Sequence[int]) -> Solution:
-    """A given choice as a Solution, feasible or not."""
-    cost = problem.cost(choice)
-    peak = float(problem.memory(choice).max(initial=0.0))
-    return Solution(tuple(choice), cost, cost, peak, "fixed")
 
 
 # Meshes

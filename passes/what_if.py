@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.assemble import Change, changes, cost_of, op_strategies, value_axes
+from passes.fitting import solve_within
 from passes.ir.graph import Hint
 from passes.ir.plan import Axes, Cost
 from passes.price import Priced, price
-from passes.search import Found, solve_within
+from passes.search import Found
 from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Costs, Node, Problem
 

@@ -1,8 +1,8 @@
-"""What would more memory save?  The prices of memory that prove the plan's bound, in words.
+"""What would more memory save?  The prices of memory that the bound came from, in words.
 
 At these prices per byte and moment the relaxed problem costs what the limit makes it cost; so by
-them the bound falls for each byte more (Lagrangian duality: Everett, Operations Research 11(3),
-1963). The plan falls by about as much: by more or less where it has to change as a whole.
+them its bound falls for each byte more (Everett, Operations Research 11(3), 1963). The plan falls
+by about as much: by more or less where it has to change as a whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from cost_models.units import format_bytes, format_seconds
+from passes.ir.text import line_text
 from passes.price import Priced
 from passes.reshard_table import PICO
 from passes.solve.problem import Solution
@@ -33,14 +34,15 @@ def worth_of_memory(priced: Priced, solution: Solution) -> list[str]:
     more = len(saved) - 1
     also = f" and at {more} other moment{'s' if more > 1 else ''}" if more else ""
     return [
-        f"memory binds {_moment(priced, time)}{also}: {format_bytes(unit)} more would save about "
+        f"memory binds {moment(priced, time)}{also}: {format_bytes(unit)} more would save about "
         f"{format_seconds(total)} a step"
     ]
 
 
-def _moment(priced: Priced, time: int) -> str:
+def moment(priced: Priced, time: int) -> str:
+    """A step of the program in words: where the user's code does what runs then."""
     order = priced.live.order
     if time >= len(order):
         return "at the end"
     op = priced.graph.ops[order[time]]
-    return f"at {op.source}, {op.name}" if op.source else f"at {op.name}"
+    return f"at {line_text(op.source)}, {op.name}"

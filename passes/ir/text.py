@@ -79,6 +79,11 @@ def quoted(name: str) -> str:
     return name if _SAFE_NAME.fullmatch(name) else "`" + name.replace("`", "``") + "`"
 
 
+def line_text(source: str) -> str:
+    """`train.py:14 (loss)`, without a function that has no name."""
+    return re.sub(r" \(<.*>\)$", "", source) or "(no source line)"
+
+
 def _keeps_name(value: Value) -> bool:
     return bool(value.name) and value.kind != "literal"
 

@@ -212,7 +212,7 @@ def test_ctrl_c_while_planning_keeps_the_best_mesh_so_far(monkeypatch: pytest.Mo
         calls.clear()
         return once
 
-    monkeypatch.setattr("passes.search.solve", interrupted_at(1))
+    monkeypatch.setattr("passes.fitting.solve", interrupted_at(1))
     plan = autoshard.plan(step, f, f, cluster="h100:8")
     assert len(calls) == 1
     meshes = {a.mesh for a in whole.alternatives} | {whole.data.mesh}
@@ -221,6 +221,6 @@ def test_ctrl_c_while_planning_keeps_the_best_mesh_so_far(monkeypatch: pytest.Mo
     def nothing(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("passes.search.solve", nothing)
+    monkeypatch.setattr("passes.fitting.solve", nothing)
     with pytest.raises(KeyboardInterrupt):
         autoshard.plan(step, f, f, cluster="h100:8")

@@ -10,7 +10,7 @@ import pytest
 
 import autoshard
 from passes.assemble import cost_of
-from passes.search import with_copies
+from passes.fitting import copies, with_copies
 from passes.solve.ilp import solve
 
 MIB = 2**20
@@ -64,7 +64,7 @@ def test_copies_that_did_not_fit_are_told_to_the_problem() -> None:
     choice = solve(priced.problem).choice
     exact = cost_of(priced, choice).peak_memory
     assert priced.problem.memory(choice).max() <= limit < exact
-    told = with_copies(priced, priced.problem, choice, limit)
+    told = with_copies(priced.problem, copies(priced, choice, limit))
     assert told.memory(choice).max() == pytest.approx(exact)
     assert told.cost(choice) == priced.problem.cost(choice)
 

@@ -22,12 +22,12 @@ from autoshard.same_numbers import difference
 from cost_models.cluster import cluster
 from passes.assemble import assemble
 from passes.decisions import decide
+from passes.fitting import fixed
 from passes.fusion import fuse
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
 from passes.price import Priced, price
-from passes.search import fixed
 from passes.solve.problem import INFINITY
 
 pytestmark = pytest.mark.slow

@@ -21,12 +21,12 @@ from autoshard.trace import Traced
 from cost_models.cluster import cluster
 from passes.assemble import assemble
 from passes.decisions import decide
+from passes.fitting import fixed
 from passes.fusion import fuse
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
 from passes.price import Priced, price
-from passes.search import fixed
 from passes.solve.problem import INFINITY
 
 MESH = Mesh(("a", "b", "c"), (2, 2, 2))

@@ -32,11 +32,11 @@ from autoshard.trace import Traced
 from passes.assemble import assemble, cost_of
 from passes.baselines import BASELINES
 from passes.decisions import decide
+from passes.fitting import fixed
 from passes.fusion import fuse
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
 from passes.price import Priced, price
-from passes.search import fixed
 from passes.solve.problem import INFINITY
 
 MESHES = ({"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 2, "c": 2})
