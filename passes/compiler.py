@@ -19,9 +19,10 @@ from cost_models.cluster import Cluster
 _NEVER_MIB = "1000000"
 
 # XLA:TPU can gather a weight piece by piece inside the kernels that run before it is needed. For
-# v5e it does by itself; for v4, v5p and v6e only when told to, by all three together. An FSDP step
-# then takes 21 % less of ViT-L (v6e), 16 % less of RetNet (v6e) and 3 % less of GPT-2 small (v6e
-# and v5p): the compiled schedules, replayed (jax 0.10.2, libtpu 0.0.42.1). Sums wait all the same.
+# v5e it does by itself; for v2 to v4, v5p and v6e only when told to, by all three together; for v7
+# they change nothing. An FSDP step then takes 21 % less of ViT-L (v6e), 16 % less of RetNet (v6e)
+# and 3 % less of GPT-2 small (v6e and v5p): the compiled schedules, replayed (jax 0.10.2, libtpu
+# 0.0.42.1). Sums wait all the same.
 _GATHERS_INSIDE = (
     "xla_enable_async_all_gather",
     "xla_tpu_enable_async_collective_fusion",
