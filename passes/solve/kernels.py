@@ -8,7 +8,7 @@ used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -24,6 +24,51 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What a weight on memory becomes where a tree did not fit.
 HEAVIER, HEAVIER_BY = 1.6, 0.15
+
+
+class Edges(NamedTuple):
+    """What trees see of a `Flat`. edges: those of node v from at[v] to at[v + 1]."""
+
+    start: Indices
+    size: Indices
+    edges: Indices
+    at: Indices
+    first: Indices
+    second: Indices
+    table: Indices
+    tables: Costs
+
+
+class Spans(NamedTuple):
+    """What nodes take of rows [begin, end): usage[first + i] with choice i. at[v]: v's first."""
+
+    at: Indices
+    begin: Indices
+    end: Indices
+    first: Indices
+    usage: Costs
+
+
+class Tree(NamedTuple):
+    """Room for one tree after another.
+
+    nodes: in the order they join; parents, by: of each the place of its parent, and the edge;
+    found: its new choice; value, pick: a row of numbers. Per node of the graph, stamps: the tree it
+    was last in; place: where it stands there; touched, touches: how many of a tree's nodes it is
+    next to. waiting: nodes that may join.
+    """
+
+    nodes: Indices
+    parents: Indices
+    by: Indices
+    found: Indices
+    value: Costs
+    pick: Indices
+    stamps: Indices
+    place: Indices
+    touched: Indices
+    touches: Indices
+    waiting: Indices
 
 
 def compiled(function: F) -> F:
@@ -174,36 +219,20 @@ def _next_random(state: Any, below: int) -> int:
 
 @compiled
 def _grow(  # noqa: C901 (one loop, compiled as one)
-    state: Any,
-    most: int,
-    edges: Indices,
-    edge_at: Indices,
-    first: Indices,
-    second: Indices,
-    stamp: int,
-    stamps: Indices,
-    touched: Indices,
-    touches: Indices,
-    waiting: Indices,
-    place: Indices,
-    nodes: Indices,
-    parents: Indices,
-    by: Indices,
+    state: Any, most: int, g: Edges, stamp: int, tree: Tree
 ) -> int:
-    """A random tree of at most so many nodes that has all edges between its nodes; their number.
-
-    nodes: in the order they join; parents, by: of each the place of its parent, and the edge.
-    stamps: which tree each node is in; touched, touches: how many of a tree's nodes it is next to.
-    """
+    """A random tree of at most so many nodes that has all edges between its nodes; their number."""
+    nodes, stamps, place, waiting = tree.nodes, tree.stamps, tree.place, tree.waiting
+    touched, touches = tree.touched, tree.touches
     nodes[0] = _next_random(state, len(place))
-    parents[0], by[0] = -1, -1
+    tree.parents[0], tree.by[0] = -1, -1
     stamps[nodes[0]], place[nodes[0]] = stamp, 0
     count, ready = 1, 0
     while True:
         v = nodes[count - 1]
-        for a in range(edge_at[v], edge_at[v + 1]):
-            e = edges[a]
-            u = second[e] if first[e] == v else first[e]
+        for a in range(g.at[v], g.at[v + 1]):
+            e = g.edges[a]
+            u = g.second[e] if g.first[e] == v else g.first[e]
             if touched[u] != stamp:
                 touched[u], touches[u] = stamp, 0
             touches[u] += 1
@@ -222,11 +251,11 @@ def _grow(  # noqa: C901 (one loop, compiled as one)
                 joined = u
         if joined < 0:
             return count
-        for a in range(edge_at[joined], edge_at[joined + 1]):
-            e = edges[a]
-            u = second[e] if first[e] == joined else first[e]
+        for a in range(g.at[joined], g.at[joined + 1]):
+            e = g.edges[a]
+            u = g.second[e] if g.first[e] == joined else g.first[e]
             if stamps[u] == stamp:
-                parents[count], by[count] = place[u], e
+                tree.parents[count], tree.by[count] = place[u], e
         nodes[count], stamps[joined], place[joined] = joined, stamp, count
         count += 1
 
@@ -234,132 +263,93 @@ def _grow(  # noqa: C901 (one loop, compiled as one)
 @compiled
 def _minimise(  # noqa: C901 (one loop, compiled as one)
     count: int,
-    nodes: Indices,
-    parents: Indices,
-    by: Indices,
+    g: Edges,
     stamp: int,
-    stamps: Indices,
-    start: Indices,
-    size: Indices,
-    edges: Indices,
-    edge_at: Indices,
-    first: Indices,
-    second: Indices,
-    table: Indices,
-    tables: Costs,
+    tree: Tree,
     unary: Costs,
     memory: Costs,
     weight: float,
     choice: Indices,
-    value: Costs,
-    pick: Indices,
-    found: Indices,
 ) -> int:
-    """The best choices on a tree, all else fixed, into `found`; entries looked at.
+    """The best choices on a tree, all else fixed, into its `found`; entries looked at.
 
-    Costs are unary + weight * memory. value, pick: room for a row per node.
+    Costs are unary + weight * memory.
     """
+    nodes, stamps, value, pick, found = tree.nodes, tree.stamps, tree.value, tree.pick, tree.found
     work = 0
     for a in range(count):
         v = nodes[a]
-        s, n = start[v], size[v]
+        s, n = g.start[v], g.size[v]
         for i in range(n):
             value[a, i] = unary[s + i] + weight * memory[s + i]
-        for b in range(edge_at[v], edge_at[v + 1]):
-            e = edges[b]
-            if first[e] == v and stamps[second[e]] != stamp:
-                m, t = size[second[e]], table[e] + choice[second[e]]
+        for b in range(g.at[v], g.at[v + 1]):
+            e = g.edges[b]
+            if g.first[e] == v and stamps[g.second[e]] != stamp:
+                m, t = g.size[g.second[e]], g.table[e] + choice[g.second[e]]
                 for i in range(n):
-                    value[a, i] += tables[t + i * m]
-            elif second[e] == v and stamps[first[e]] != stamp:
-                t = table[e] + choice[first[e]] * n
+                    value[a, i] += g.tables[t + i * m]
+            elif g.second[e] == v and stamps[g.first[e]] != stamp:
+                t = g.table[e] + choice[g.first[e]] * n
                 for i in range(n):
-                    value[a, i] += tables[t + i]
+                    value[a, i] += g.tables[t + i]
             work += n
     for a in range(count - 1, 0, -1):
-        v, p, e = nodes[a], parents[a], by[a]
-        n, m, t = size[v], size[nodes[p]], table[e]
-        down = first[e] == nodes[p]
+        v, p, e = nodes[a], tree.parents[a], tree.by[a]
+        n, m, t = g.size[v], g.size[nodes[p]], g.table[e]
+        down = g.first[e] == nodes[p]
         for j in range(m):
             best, at = np.inf, 0
             for i in range(n):
-                y = value[a, i] + (tables[t + j * n + i] if down else tables[t + i * m + j])
+                y = value[a, i] + (g.tables[t + j * n + i] if down else g.tables[t + i * m + j])
                 if y < best:
                     best, at = y, i
             value[p, j] += best
             pick[a, j] = at
         work += n * m
-    found[0] = value[0, : size[nodes[0]]].argmin()
+    found[0] = value[0, : g.size[nodes[0]]].argmin()
     for a in range(1, count):
-        found[a] = pick[a, found[parents[a]]]
+        found[a] = pick[a, found[tree.parents[a]]]
     return work
 
 
 @compiled
-def _change(
-    count: int,
-    nodes: Indices,
-    place: Indices,
-    stamp: int,
-    stamps: Indices,
-    start: Indices,
-    size: Indices,
-    edges: Indices,
-    edge_at: Indices,
-    first: Indices,
-    second: Indices,
-    table: Indices,
-    tables: Costs,
-    unary: Costs,
-    choice: Indices,
-    found: Indices,
-) -> float:
-    """What a tree's choices in `found` cost more than those it has: unary and table costs."""
+def _change(count: int, g: Edges, stamp: int, tree: Tree, unary: Costs, choice: Indices) -> float:
+    """What a tree's new choices cost more than those it has: unary and table costs."""
     cost = 0.0
     for a in range(count):
-        v = nodes[a]
-        s, n, old, new = start[v], size[v], choice[v], found[a]
+        v = tree.nodes[a]
+        s, n, old, new = g.start[v], g.size[v], choice[v], tree.found[a]
         cost += unary[s + new] - unary[s + old]
-        for b in range(edge_at[v], edge_at[v + 1]):
-            e = edges[b]
-            if first[e] == v:
-                u = second[e]
-                t, m = table[e], size[u]
-                to = found[place[u]] if stamps[u] == stamp else choice[u]
-                cost += tables[t + new * m + to] - tables[t + old * m + choice[u]]
-            elif stamps[first[e]] != stamp:
-                t = table[e] + choice[first[e]] * n
-                cost += tables[t + new] - tables[t + old]
+        for b in range(g.at[v], g.at[v + 1]):
+            e = g.edges[b]
+            t = g.table[e]
+            if g.first[e] == v:
+                u = g.second[e]
+                to = tree.found[tree.place[u]] if tree.stamps[u] == stamp else choice[u]
+                m = g.size[u]
+                cost += g.tables[t + new * m + to] - g.tables[t + old * m + choice[u]]
+            elif tree.stamps[g.first[e]] != stamp:
+                t += choice[g.first[e]] * n
+                cost += g.tables[t + new] - g.tables[t + old]
     return cost
 
 
 @compiled
 def _place(
-    count: int,
-    nodes: Indices,
-    span_at: Indices,
-    begin: Indices,
-    end: Indices,
-    usage_at: Indices,
-    usage: Costs,
-    choice: Indices,
-    found: Indices,
-    wanted: bool,
-    over: Costs,
-    change: Costs,
+    count: int, tree: Tree, spans: Spans, choice: Indices, wanted: bool, over: Costs, change: Costs
 ) -> tuple[bool, int]:
-    """Whether a tree's choices fit into each row, or into one that was over as well as before; rows
+    """Whether a tree's new choices fit into each row, or take no more of one that is over; rows
     looked at. Where they fit and are wanted, `over` is brought up to date. change: all zero.
     """
     low, high = len(over), 0
     for a in range(count):
-        v, old, new = nodes[a], choice[nodes[a]], found[a]
-        for k in range(span_at[v], span_at[v + 1]) if new != old else range(0):
-            more = usage[usage_at[k] + new] - usage[usage_at[k] + old]
+        v, old, new = tree.nodes[a], choice[tree.nodes[a]], tree.found[a]
+        for k in range(spans.at[v], spans.at[v + 1]) if new != old else range(0):
+            more = spans.usage[spans.first[k] + new] - spans.usage[spans.first[k] + old]
             if more != 0.0:
-                change[begin[k]] += more
-                change[end[k]] -= more
-                low, high = min(low, begin[k]), max(high, end[k])
+                change[spans.begin[k]] += more
+                change[spans.end[k]] -= more
+                low, high = min(low, spans.begin[k]), max(high, spans.end[k])
     fits, run = True, 0.0
     for r in range(low, high):
         run += change[r]
@@ -380,73 +370,45 @@ def _place(
 def improve(
     state: Any,
     tries: int,
-    most: int,
     weights: Costs,
     heavier: int,
     judged: float,
-    start: Indices,
-    size: Indices,
-    edges: Indices,
-    edge_at: Indices,
-    first: Indices,
-    second: Indices,
-    table: Indices,
-    tables: Costs,
+    g: Edges,
+    spans: Spans,
+    tree: Tree,
     unary: Costs,
     memory: Costs,
-    span_at: Indices,
-    begin: Indices,
-    end: Indices,
-    usage_at: Indices,
-    usage: Costs,
     choice: Indices,
     over: Costs,
     gained: Costs,
 ) -> float:
     """Try so many random trees, and take what fits and costs no more; entries looked at.
 
-    Each tree is minimised at one of the weights on `memory`, and up to so many times at a heavier
-    one while it does not fit; what it costs is judged at the weight `judged`. choice, over (bytes
-    above the limit per row) and gained[0] (unary and table costs) are brought up to date.
+    Each tree, of at most as many nodes as `tree` has room for, is minimised at one of the weights
+    on `memory`, and up to so many times at a heavier one while it does not fit; what it costs is
+    judged at the weight `judged`. choice, over (bytes above the limit per row) and gained[0] (unary
+    and table costs) are brought up to date.
     """
-    nodes_in_all, work = len(size), 0.0
-    stamps, touched = np.zeros(nodes_in_all, np.intp), np.zeros(nodes_in_all, np.intp)
-    touches, place = np.zeros(nodes_in_all, np.intp), np.zeros(nodes_in_all, np.intp)
-    waiting = np.zeros(nodes_in_all, np.intp)
-    nodes, parents = np.zeros(most, np.intp), np.zeros(most, np.intp)
-    by, found = np.zeros(most, np.intp), np.zeros(most, np.intp)
-    value, pick = np.zeros((most, size.max())), np.zeros((most, size.max()), np.intp)
+    work, most, nodes, found = 0.0, len(tree.nodes), tree.nodes, tree.found
     change = np.zeros(len(over) + 1)
     for attempt in range(tries):
         stamp = attempt + 1
         weight = weights[_next_random(state, len(weights))]
         small = _next_random(state, 2) == 0
         limit = 2 + _next_random(state, (min(most, 20) if small else most) - 1)
-        count = _grow(
-            state, limit, edges, edge_at, first, second, stamp, stamps, touched, touches,
-            waiting, place, nodes, parents, by,
-        )  # fmt: skip
+        count = _grow(state, limit, g, stamp, tree)
         for _ in range(1 + heavier):
-            work += _minimise(
-                count, nodes, parents, by, stamp, stamps, start, size, edges, edge_at, first,
-                second, table, tables, unary, memory, weight, choice, value, pick, found,
-            )  # fmt: skip
-            cost = _change(
-                count, nodes, place, stamp, stamps, start, size, edges, edge_at, first, second,
-                table, tables, unary, choice, found,
-            )  # fmt: skip
+            work += _minimise(count, g, stamp, tree, unary, memory, weight, choice)
+            cost = _change(count, g, stamp, tree, unary, choice)
             held, same = 0.0, True
             for a in range(count):
-                s, old = start[nodes[a]], choice[nodes[a]]
+                s, old = g.start[nodes[a]], choice[nodes[a]]
                 held += memory[s + found[a]] - memory[s + old]
                 same = same and found[a] == old
             if same:
                 break
             better = cost + judged * held <= 0.0
-            fits, rows = _place(
-                count, nodes, span_at, begin, end, usage_at, usage, choice, found, better, over,
-                change,
-            )  # fmt: skip
+            fits, rows = _place(count, tree, spans, choice, better, over, change)
             work += rows
             if fits and better:
                 gained[0] -= cost

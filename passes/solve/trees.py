@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from passes.solve.flat import Flat
-from passes.solve.kernels import improve
+from passes.solve.kernels import Edges, Spans, Tree, improve
 from passes.solve.memory import Indices
 from passes.solve.meter import Meter
 from passes.solve.problem import Costs
@@ -36,34 +36,58 @@ class Trees:
     def __init__(
         self, core: Core, graph: Flat, plain: Costs, choice: Indices, meter: Meter
     ) -> None:
-        self.core, self.graph, self.plain, self.meter = core, graph, plain, meter
+        self.core, self.plain, self.meter = core, plain, meter
         rows = core.rows()
-        self.rows = rows
         self.choice = choice.copy()
         self.over = rows.over(choice)
         self.cost = core.cost(choice)
-        self._span_at = np.searchsorted(rows.node, np.arange(len(graph.size) + 1)).astype(np.intp)
+        nodes = np.arange(len(graph.size) + 1)
+        at = np.searchsorted(rows.node, nodes).astype(np.intp)
+        self._spans = Spans(at, rows.begin, rows.end, rows.first, rows.usage)
         ends = np.concatenate([graph.first, graph.second])
         edges = np.argsort(ends, kind="stable").astype(np.intp)
-        self._edges = edges % max(len(graph.first), 1)
-        self._edge_at = np.searchsorted(ends[edges], np.arange(len(graph.size) + 1)).astype(np.intp)
+        at = np.searchsorted(ends[edges], nodes).astype(np.intp)
+        edges %= max(len(graph.first), 1)
+        self._edges = Edges(
+            graph.start, graph.size, edges, at, graph.first, graph.second, graph.table, graph.tables
+        )
         # Another choice, or the same with another effort behind it, gets other trees.
         self._random = np.array([_SEED + int(1e6 * meter.work)], dtype=np.uint64)
         self._turns = itertools.cycle(itertools.product(_ROUNDS, _WEIGHTS))
 
     def improve(self, rounds: int, memory: Costs) -> None:
         """So many rounds; better choices are offered. memory: per choice what its memory costs."""
-        g, r = self.graph, self.rows
         function: Any = improve
         for _ in range(rounds):
             (tries, most), (weights, judged) = next(self._turns)
             gained = np.zeros(1)
             work = function(
-                self._random, tries, most, weights, _HEAVIER, judged, g.start, g.size, self._edges,
-                self._edge_at, g.first, g.second, g.table, g.tables, self.plain, memory,
-                self._span_at, r.begin, r.end, r.first, r.usage, self.choice, self.over, gained,
+                self._random, tries, weights, _HEAVIER, judged, self._edges, self._spans,
+                _room(most, self._edges.size), self.plain, memory, self.choice, self.over, gained,
             )  # fmt: skip
             self.cost -= float(gained[0])
             if self.cost < self.meter.cost:
                 self.meter.offer(self.core.expand(self.choice))
             self.meter.spend(4e-9 * work + 1e-6 * tries)
+
+
+def _room(most: int, size: Indices) -> Tree:
+    """For trees of at most so many nodes of a graph with these numbers of choices."""
+
+    def indices(*shape: int) -> Indices:
+        return np.zeros(shape, np.intp)
+
+    choices, graph = int(size.max()), len(size)
+    return Tree(
+        nodes=indices(most),
+        parents=indices(most),
+        by=indices(most),
+        found=indices(most),
+        value=np.zeros((most, choices)),
+        pick=indices(most, choices),
+        stamps=indices(graph),
+        place=indices(graph),
+        touched=indices(graph),
+        touches=indices(graph),
+        waiting=indices(graph),
+    )

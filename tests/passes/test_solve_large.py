@@ -133,7 +133,7 @@ def test_plain_python_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) ->
         return ascent.bound, ascent.prices.tolist(), trees.choice.tolist(), trees.over.tolist()
 
     compiled = run()
-    names = ("send", "choose", "price", "_next_random", "_grow", "_minimise")
+    names = ("send", "choose", "price", "_next_random", "_grow", "_minimise", "_change", "_place")
     for name in names:
         monkeypatch.setattr(kernels, name, getattr(kernels, name).py_func)
     monkeypatch.setattr("passes.solve.ascent.choose", kernels.choose)
