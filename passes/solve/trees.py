@@ -23,7 +23,7 @@ from passes.solve.reduction import Core
 
 # Weights of the memory's price while a tree is minimised, and while it is judged; how often it is
 # minimised at a heavier one while it does not fit; and per round how many trees of how many nodes
-# at most.
+# at most. Chosen on instances K, M and S of the IOPDDL contest (tests/data/iopddl).
 _WEIGHTS = ((np.array([0.3, 0.1, 0.0, 0.6]), 0.0), (np.array([0.5]), 0.5))
 _HEAVIER = 3
 _SEED = 88172645463325252
