@@ -196,13 +196,16 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
     """Results that lie there as they are made, too.
 
     Not where a TPU hands them on in its VMEM. But those of what a loop stacks up, as of gradients,
-    it keeps to the end of the loop's body (steps of LLaMA for v5e:4x4; jax 0.10.2, libtpu
-    0.0.42.1).
+    it keeps to the end of the loop's body (steps of LLaMA for v5e:4x4), and those that wait for a
+    loop to end it keeps whole until they are read, or sums them whole (the gradient of the head in
+    steps of GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu 0.0.42.1).
     """
     graph, live = priced.graph, priced.live
     fitted = priced.cluster.chip.fitted
     near = 0.0 if fitted is None else NEAR * fitted.vmem
     stacked = frozenset[int]() if fitted is None else _stacked(graph)
+    whole = sums_whole(priced.cluster.platform)
+    loops = [live.when[r.begin] for r in graph.regions if r.kind in LOOPS and r.begin < r.end]
     for c in changed:
         if c.side != "result" or all(m.kind == "slice" for m in c.moves):
             continue
@@ -211,6 +214,9 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
         if c.value in stacked:
             loop = graph.innermost(graph.ops[c.op].region, LOOPS)
             end = max(end, live.when[graph.regions[loop].end - 1])
+        elif whole and PARTIAL in c.source and not graph.ops[c.op].region:
+            last = _last_read(priced, c.value)
+            end = last if any(begin < loop < last for loop in loops) else end
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
             yield c, Held(begin, end, size, c.value, c.source, True)
@@ -231,6 +237,23 @@ def _stacks(op: Op, operand: int, stacked: set[int]) -> bool:
     if op.name == "region_exit":
         return op.outputs[operand] in stacked
     return op.name == "scan_stack" or (op.rule.fuses and stacked.issuperset(op.outputs))
+
+
+def _last_read(priced: Priced, value: int) -> int:
+    """One past the last read of a value, or of what is computed from it in one kernel."""
+    graph, live = priced.graph, priced.live
+    consumers, last = graph.consumers(), 0
+    made, seen = [value], {value}
+    while made:
+        v = made.pop()
+        if live.stored[v]:
+            last = max(last, live.spans[v][1])
+            continue
+        readers = (graph.ops[o] for o, _ in consumers[v])
+        new = {u for op in readers if not op.is_link for u in op.outputs} - seen
+        made += new
+        seen |= new
+    return last
 
 
 def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:

@@ -7,6 +7,7 @@ A plan keeps the options that make the program what it was priced as: they are g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from cost_models.cluster import Cluster
 
@@ -49,12 +50,27 @@ def sums_whole(platform: str) -> bool:
     return platform == "tpu"
 
 
-def hides_latencies(cluster: Cluster) -> bool:
-    """Whether XLA's scheduler here puts work between what it starts and what waits for it.
+class Scheduler(NamedTuple):
+    """How a compiler orders a program. hides_latencies: constants come first, and gradients of a
+    loop's weights last. updates_late: new state outside loops comes after all of them.
+    """
 
-    XLA:GPU does on H100, H200 and B200: it makes constants first, as they wait for nothing, and the
-    gradients of a loop's weights last, before the one sum of all of them (steps of GPT, LLaMA and
-    RetNet on 8 H100). On A100 both are made when it needs least memory (GPT, DLRM; jax 0.10.2).
+    hides_latencies: bool = False
+    updates_late: bool = False
+
+
+PLAIN = Scheduler()
+
+
+def scheduler(cluster: Cluster) -> Scheduler:
+    """The scheduler of XLA for a cluster.
+
+    XLA:GPU hides latencies on H100, H200 and B200: it makes constants first, as they wait for
+    nothing, and the gradients of a loop's weights last, before the one sum of all of them (steps of
+    GPT, LLaMA and RetNet on 8 H100). On A100 both are made when it needs least memory (GPT, DLRM).
+    XLA:TPU keeps the gradient of a head, whole, while the loop over the layers runs backward, and
+    updates the head after it (steps of GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu
+    0.0.42.1).
     """
     major = str(cluster.compiler.get("cuda_compute_capability", "0")).partition(".")[0]
-    return int(major) >= 9
+    return Scheduler(hides_latencies=int(major) >= 9, updates_late=cluster.platform == "tpu")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
+from passes.compiler import PLAIN, Scheduler
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.schedule import schedule
 from passes.weight_casts import WeightCast, outermost_loops
@@ -45,15 +46,15 @@ def liveness(
     has_memory: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
-    hides_latencies: bool = False,
+    scheduler: Scheduler = PLAIN,
     casts: Sequence[WeightCast] = (),
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
-    aliases: (donated input, output) pairs that share a buffer. filled, hides_latencies: as of
-    `schedule`. casts: weights that are converted once.
+    aliases: (donated input, output) pairs that share a buffer. filled: as of `schedule`. casts:
+    weights that are converted once.
     """
-    order = schedule(graph, has_memory, aliases, filled, hides_latencies)
+    order = schedule(graph, has_memory, aliases, filled, scheduler)
     when = [0] * len(order)
     for step, o in enumerate(order):
         when[o] = step

@@ -7,7 +7,8 @@ what frees most memory first, do not (seen in compiled programs for TPU and GPU)
 
 Only what stores nothing but results of the function, or scalars, runs early: it needs no memory of
 its own. A scheduler that hides latencies makes constants first, too, and in a loop the gradients
-of stacked weights last. Other operations in loops stay where they are.
+of stacked weights last; one that updates late leaves the updates to the end of all loops. Other
+operations in loops stay where they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from passes.chains import PRODUCTS
-from passes.ir.graph import Graph
+from passes.compiler import PLAIN, Scheduler
+from passes.ir.graph import LOOPS, Graph
 
 # Bytes of a value that is no reason to wait: a norm, a step count, a statistic of one dim.
 _SMALL = 1 << 16
@@ -26,12 +28,12 @@ def schedule(
     stored: Sequence[bool],
     aliases: Sequence[tuple[int, int]] = (),
     filled: Set[int] = frozenset(),
-    hides_latencies: bool = False,
+    scheduler: Scheduler = PLAIN,
 ) -> tuple[int, ...]:
     """Ids of all operations in the order in which they run.
 
     stored: whether a value has memory. aliases: (donated input, output) pairs that share a buffer.
-    filled: constants that are made as arrays. hides_latencies: as of `passes.compiler`.
+    filled: constants that are made as arrays.
     """
     ready = [
         all(not stored[v] or v in filled or _needs_little(graph, v) for v in op.outputs)
@@ -41,14 +43,35 @@ def schedule(
     after = _latest(graph, ready, aliases)
     place = [(float(a), float(o)) for o, a in enumerate(after)]
     consumers = graph.consumers()
-    for op in graph.ops if not hides_latencies else ():
+    for op in graph.ops if not scheduler.hides_latencies else ():
         if ready[op.id] and not filled.isdisjoint(op.outputs):
             readers = [place[_ends(graph, c)[0]] for v in op.outputs for c, _ in consumers[v]]
             first = min(readers, default=place[op.id])
             place[op.id] = first[0], first[1] - 0.5
-    for o, stack in _gradients(graph).items() if hides_latencies else ():
+    for o, stack in _gradients(graph).items() if scheduler.hides_latencies else ():
         place[o] = stack - 0.5, float(o)
+    if scheduler.updates_late:
+        last = max((r.end - 1 for r in graph.regions if r.kind in LOOPS), default=0)
+        for o in _updates(graph, stored, {result for _, result in aliases}):
+            place[o] = max(place[o], (float(last), last + 0.5))
     return tuple(sorted(range(len(graph.ops)), key=place.__getitem__))
+
+
+def _updates(graph: Graph, stored: Sequence[bool], state: Set[int]) -> list[int]:
+    """What nothing but new state waits for, outside loops, and behind the kernels of products."""
+    consumers, producers = graph.consumers(), graph.producers()
+    last: set[int] = set()
+    for op in reversed(graph.ops):
+        if op.region or op.effects or op.is_link or op.name in PRODUCTS:
+            continue
+        read = [(v, [c for c, _ in consumers[v]]) for v in op.outputs]
+        if all((cs or v in state) and last.issuperset(cs) for v, cs in read):
+            last.add(op.id)
+    for o in sorted(last):
+        inside = (producers[v] for v in graph.ops[o].inputs if not stored[v])
+        if any(m >= 0 and m not in last for m in inside):  # it is computed where its operand is
+            last.remove(o)
+    return sorted(last)
 
 
 def _gradients(graph: Graph) -> dict[int, int]:

@@ -20,7 +20,7 @@ from passes.assemble import assemble, cost_of
 from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES, baseline
 from passes.batch import find_batch
-from passes.compiler import hides_latencies
+from passes.compiler import scheduler
 from passes.decisions import Decisions, decide
 from passes.fitting import fixed, solve_within
 from passes.fusion import Fusion, fuse
@@ -96,9 +96,7 @@ def search(
         tuple(hints),
         limit,
         decide(tied, hints),
-        liveness(
-            graph, fusion.stored, given, fusion.filled, hides_latencies(cluster), fusion.casts
-        ),
+        liveness(graph, fusion.stored, given, fusion.filled, scheduler(cluster), fusion.casts),
         fusion,
         tuple(state),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
+from autoshard.state import state_pairs
 from autoshard.trace import trace
 from passes.assemble import Held, held, read_back
 from passes.search import Found, search
@@ -66,3 +67,29 @@ def test_elsewhere_summands_lie_there_while_they_are_summed() -> None:
     found = summands(planned("h100:8"))
     assert found
     assert all(h.end == h.begin + 1 for h in found)
+
+
+def head_step(state: Any, x: Any) -> Any:
+    def loss(state: Any) -> Any:
+        layers, head = state
+        y = jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, layers)[0]
+        return jnp.square(y @ head).mean()
+
+    return jax.tree.map(lambda w, g: w - 0.1 * g, state, jax.grad(loss)(state))
+
+
+@pytest.mark.parametrize("cluster", ["v5e:2x4", "h100:8"])
+def test_a_tpu_keeps_a_whole_sum_while_a_loop_runs_before_its_update(cluster: str) -> None:
+    layers = jax.ShapeDtypeStruct((4, 512, 512), "float32")
+    head = jax.ShapeDtypeStruct((512, 32768), "float32")  # far beyond what VMEM would hold
+    args = (layers, head), jax.ShapeDtypeStruct((8192, 512), "float32")
+    traced = trace(head_step, *args, donate_argnums=(0,))
+    on, state = autoshard.cluster(cluster), state_pairs(traced)
+    found = search(traced.graph, on, solver="fsdp", state=state)
+    graph, live = found.priced.graph, found.priced.live
+    answer = read_back(found.priced, found.solution.choice)
+    whole = [h for h in held(found.priced, answer.values, answer.changes) if h.copy]
+    (sum_,) = (h for h in whole if graph.values[h.value].shape == (32768, 512))
+    backward = max(r.end for r in graph.regions if r.kind == "scan")
+    assert sum_.nbytes == 512 * 32768 * 4
+    assert (sum_.end > live.when[backward - 1]) is (cluster == "v5e:2x4")

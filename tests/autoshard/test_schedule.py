@@ -15,6 +15,7 @@ import zoo
 
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
+from passes.compiler import Scheduler
 from passes.fusion import fuse
 from passes.liveness import Liveness, liveness
 from passes.relaid import copied, copy_bytes
@@ -32,10 +33,12 @@ PICKED = jax.ShapeDtypeStruct((64,), jnp.int32)
 
 
 def lived(traced: Traced, platform: str, hides: bool = False) -> Liveness:
+    """Lives on a TPU, on a GPU, or on one whose scheduler hides latencies."""
     graph = traced.graph
     fusion = fuse(graph, platform)
     pairs = [p for p in state_pairs(traced) if p[0] in graph.donated]
-    return liveness(graph, fusion.stored, pairs, fusion.filled, hides)
+    scheduler = Scheduler(hides, updates_late=platform == "tpu")
+    return liveness(graph, fusion.stored, pairs, fusion.filled, scheduler)
 
 
 @pytest.mark.parametrize(("platform", "hides"), [("tpu", False), ("gpu", False), ("gpu", True)])
@@ -73,6 +76,33 @@ def test_gradients_of_scanned_weights_come_last(hides: bool) -> None:
             (gradients if is_gradient else others).add(live.when[op.id])
     assert len(gradients) == 6
     assert (min(gradients) > max(others)) is hides
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_head_is_updated_after_the_last_loop_on_tpu(platform: str) -> None:
+    def step(state: Any, batch: Any) -> Any:
+        def loss(state: Any) -> Any:
+            layers, head = state
+            x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch, layers)
+            return jnp.sum((x @ head) ** 2), jnp.mean(x)
+
+        (_, told), grads = jax.value_and_grad(loss, has_aux=True)(state)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, state, grads), told
+
+    shapes = (4, 256, 256), (256, 512)
+    state = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+    traced = trace(step, state, jax.ShapeDtypeStruct((64, 256), jnp.float32), donate_argnums=(0,))
+    graph, live = traced.graph, lived(traced, platform)
+    makers = graph.producers()
+    loop = max(r.end for r in graph.regions if r.kind == "scan")
+    ends = live.when[loop - 1]
+    layers, head, told = (live.when[makers[v]] for v in graph.outputs)
+    assert layers > ends
+    assert (head > ends) is (platform == "tpu")
+    assert told < ends  # what is no state does not wait
+    made = [op for op in graph.ops if graph.values[op.outputs[0]].type.shape == (512, 256)]
+    product = next(op for op in made if op.name == "dot_general")
+    assert live.when[product.id] < ends  # nor does the gradient itself
 
 
 @pytest.mark.parametrize("name", ZOO)
