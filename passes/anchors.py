@@ -141,13 +141,14 @@ def _on_mesh(graph: Graph, mesh: Mesh, hint: Hint) -> tuple[Axes | None, ...]:
 
 
 def _check_axis(graph: Graph, mesh: Mesh, hint: Hint, name: str, seen: set[str]) -> None:
+    if name in mesh.names and name not in seen:
+        return
     what = f"{hint.origin}: {hint_text(hint)} on {describe(graph, hint.value)}"
-    if name not in mesh.names:
-        near = difflib.get_close_matches(name, mesh.names, n=1)
-        ask = f"; did you mean {near[0]!r}?" if near else ""
-        raise HintError(f"{what}: there is no axis {name!r} in the mesh {mesh}{ask}")
     if name in seen:
         raise HintError(f"{what}: axis {name!r} is given twice; it can split a value only once")
+    near = difflib.get_close_matches(name, mesh.names, n=1)
+    ask = f"; did you mean {near[0]!r}?" if near else ""
+    raise HintError(f"{what}: there is no axis {name!r} in the mesh {mesh}{ask}")
 
 
 def _refuse_indivisible(graph: Graph, mesh: Mesh, hint: Hint, dim: int, axes: Axes) -> None:

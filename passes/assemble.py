@@ -204,7 +204,7 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
     fitted = priced.cluster.chip.fitted
     near = 0.0 if fitted is None else NEAR * fitted.vmem
     stacked = frozenset[int]() if fitted is None else _stacked(graph)
-    whole = sums_whole(priced.cluster.platform)
+    whole, consumers = sums_whole(priced.cluster.platform), graph.consumers()
     loops = [live.when[r.begin] for r in graph.regions if r.kind in LOOPS and r.begin < r.end]
     for c in changed:
         if c.side != "result" or all(m.kind == "slice" for m in c.moves):
@@ -215,7 +215,7 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
             loop = graph.innermost(graph.ops[c.op].region, LOOPS)
             end = max(end, live.when[graph.regions[loop].end - 1])
         elif whole and PARTIAL in c.source and not graph.ops[c.op].region:
-            last = _last_read(priced, c.value)
+            last = _last_read(priced, c.value, consumers)
             end = last if any(begin < loop < last for loop in loops) else end
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
@@ -239,11 +239,10 @@ def _stacks(op: Op, operand: int, stacked: set[int]) -> bool:
     return op.name == "scan_stack" or (op.rule.fuses and stacked.issuperset(op.outputs))
 
 
-def _last_read(priced: Priced, value: int) -> int:
+def _last_read(priced: Priced, value: int, consumers: Sequence[Sequence[tuple[int, int]]]) -> int:
     """One past the last read of a value, or of what is computed from it in one kernel."""
     graph, live = priced.graph, priced.live
-    consumers, last = graph.consumers(), 0
-    made, seen = [value], {value}
+    last, made, seen = 0, [value], {value}
     while made:
         v = made.pop()
         if live.stored[v]:
