@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from passes.compiler import compiler_options, sums_whole
 from passes.constraints import asked
+from passes.decisions import DimMap
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import (
     Axes,
@@ -75,12 +76,15 @@ def value_axes(priced: Priced, choice: Sequence[int]) -> tuple[Axes, ...]:
     """The sharding of every value under a choice."""
     out: list[Axes] = []
     groups = priced.decisions.groups
+    known: dict[tuple[int, DimMap], Axes] = {}
     for v, g in enumerate(priced.decisions.group_of):
-        node = priced.node_of_group[g]
-        chosen = priced.meanings[node].choices[choice[node]] if node >= 0 else priced.only[g]
         mapping = groups[g].members[v]
-        inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
-        out.append(tuple(inverse[e] if e >= 0 else e for e in chosen))
+        if (g, mapping) not in known:
+            node = priced.node_of_group[g]
+            chosen = priced.meanings[node].choices[choice[node]] if node >= 0 else priced.only[g]
+            inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
+            known[g, mapping] = tuple(inverse[e] if e >= 0 else e for e in chosen)
+        out.append(known[g, mapping])
     return tuple(out)
 
 
@@ -96,41 +100,69 @@ def changes(
     priced: Priced, choice: Sequence[int], values: Sequence[Axes], chosen: Sequence[Strategy]
 ) -> tuple[Change, ...]:
     """Every reshard, in program order; a shared copy's counts once, at its first reader."""
-    graph, sizes = priced.graph, priced.mesh.sizes
-    whole_sums = sums_whole(priced.cluster.platform)
     out: list[Change] = []
-    made: set[int] = set()
-
-    def add(
-        op: Op, side: str, k: int, v: int, f: Axes, t: Axes, narrow: bool, shared: int = -1
-    ) -> None:
-        moves = steps(f, t, sizes, whole_sums) if f != t else ()
-        assert moves is not None, f"{op.name} can not get value {v} from {f} to {t}"
-        if f != t:
-            trips = graph.trips(op.region)
-            nbytes = _sent_bytes(priced, side, v, f, narrow)
-            hides = side != "result"
-            share = priced.overlap.waited(v, op.id, trips, nbytes) if hides else WHOLE
-            out.append(Change(op.id, side, k, v, f, t, shared, moves, trips, nbytes, share))
-
-    for op in graph.ops:
+    made: set[tuple[int, int]] = set()
+    shared = {op for op, _ in priced.copies}
+    agree: dict[tuple[object, ...], bool] = {}
+    for op in priced.graph.ops:
         wants, gives = priced.layouts.of(op.rule, chosen[op.id])
-        for k, v in enumerate(op.inputs):
-            if graph.values[v].type.size <= 1 or graph.values[v].kind == "literal":
-                continue
-            have = values[v]
-            copy = priced.copies.get((op.id, k), -1)
-            if copy >= 0:
-                through = priced.meanings[copy].choices[choice[copy]]
-                if copy not in made:
-                    made.add(copy)
-                    add(op, "copy", k, v, have, through, copy in priced.narrow, copy)
-                have = through
-            add(op, "operand", k, v, have, wants[k], (op.id, k) in priced.fusion.kept.narrow, copy)
-        for k, v in enumerate(op.outputs):
-            if graph.values[v].type.size > 1:
-                add(op, "result", k, v, gives[k], values[v], False)
+        have = [values[v] for v in (*op.inputs, *op.outputs)]
+        key = (id(op.rule), chosen[op.id], *have)
+        if key not in agree:
+            agree[key] = have == [*wants, *gives]
+        if not agree[key] or op.id in shared:
+            out += _changes_of(priced, op, choice, values, (wants, gives), made)
     return tuple(out)
+
+
+def _changes_of(
+    priced: Priced,
+    op: Op,
+    choice: Sequence[int],
+    values: Sequence[Axes],
+    layout: tuple[Sequence[Axes], Sequence[Axes]],
+    made: set[tuple[int, int]],
+) -> Iterator[Change]:
+    """Those of one operation. layout: what it wants and gives. made: copies that are there."""
+    wants, gives = layout
+    all_values = priced.graph.values
+    for k, v in enumerate(op.inputs):
+        if all_values[v].type.size <= 1 or all_values[v].kind == "literal":
+            continue
+        have = values[v]
+        copy = priced.copies.get((op.id, k), -1)
+        if copy >= 0:
+            through = priced.meanings[copy].choices[choice[copy]]
+            if (copy, v) not in made and have != through:
+                yield _change(
+                    priced, op, ("copy", k, v), (have, through), copy in priced.narrow, copy
+                )
+            made.add((copy, v))
+            have = through
+        if have != wants[k]:
+            narrow = (op.id, k) in priced.fusion.kept.narrow
+            yield _change(priced, op, ("operand", k, v), (have, wants[k]), narrow, copy)
+    for k, v in enumerate(op.outputs):
+        if all_values[v].type.size > 1 and gives[k] != values[v]:
+            yield _change(priced, op, ("result", k, v), (gives[k], values[v]), False)
+
+
+def _change(
+    priced: Priced,
+    op: Op,
+    place: tuple[str, int, int],
+    axes: tuple[Axes, Axes],
+    narrow: bool,
+    shared: int = -1,
+) -> Change:
+    (side, k, v), (source, target) = place, axes
+    moves = steps(source, target, priced.mesh.sizes, sums_whole(priced.cluster.platform))
+    assert moves is not None, f"{op.name} can not get value {v} from {source} to {target}"
+    trips = priced.graph.trips(op.region)
+    nbytes = _sent_bytes(priced, side, v, source, narrow)
+    hides = side != "result"
+    share = priced.overlap.waited(v, op.id, trips, nbytes) if hides else WHOLE
+    return Change(op.id, side, k, v, source, target, shared, moves, trips, nbytes, share)
 
 
 def _sent_bytes(priced: Priced, side: str, v: int, source: Axes, narrow: bool) -> float:
@@ -178,15 +210,16 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
 def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
     """What lies in memory for each reshard: its copy, or the summands it sums."""
     live = priced.live
-    last: dict[int, int] = {}
-    for (op, _), copy in priced.copies.items():
-        last[copy] = max(last.get(copy, 0), live.when[op])
+    last: dict[tuple[int, int], int] = {}
+    for (op, k), copy in priced.copies.items():
+        key = copy, priced.graph.ops[op].inputs[k]
+        last[key] = max(last.get(key, 0), live.when[op])
     for c in changed:
         sent = any(m.kind != "slice" for m in c.moves)
         begin = live.when[c.op]
         if c.side == "result" or not (sent or live.stored[c.value]):
             continue
-        end = last[c.shared] if c.side == "copy" else begin
+        end = last[c.shared, c.value] if c.side == "copy" else begin
         size = lying_bytes(c.value, c.nbytes, c.target, priced)
         yield c, Held(begin, end + 1, size, c.value, c.target, True)
     yield from _summands(priced, changed)

@@ -22,23 +22,29 @@ from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST
 from passes.price import Priced
-from passes.propagate import propagate
+from passes.propagate import Wiring, propagate
 from passes.solve.problem import INFINITY, Costs
 from passes.strategies import Axes
 
 BASELINES = ("dp", "fsdp", "tp", "fsdp+tp")
 
 
-def baseline(name: str, priced: Priced, hints: Sequence[Hint], batch: Sequence[int]) -> list[int]:
+def baseline(
+    name: str,
+    priced: Priced,
+    hints: Sequence[Hint],
+    batch: Sequence[int],
+    wiring: Wiring | None = None,
+) -> list[int]:
     """One choice per node for a baseline; name: one of BASELINES or "propagate".
 
-    batch: input values whose leading dim is the batch.
+    batch: input values whose leading dim is the batch. wiring: of the graph, if it is at hand.
     """
     graph, mesh = priced.graph, priced.mesh
     seeds = list(hints)
     if name != "propagate":
         seeds += _SEEDS[name](graph, mesh, batch)
-    spread = propagate(graph, mesh, seeds)
+    spread = propagate(graph, mesh, seeds, wiring)
     return choose(priced, [s.axes for s in spread.shardings], name == "propagate")
 
 
@@ -237,7 +243,11 @@ def choose(priced: Priced, axes: Sequence[Axes], as_it_comes: bool = False) -> l
 def _wanted(members: Mapping[int, DimMap], axes: Sequence[Axes]) -> Axes:
     """What a group's members ask for; the first member that splits anything speaks."""
     best: Axes | None = None
+    seen: set[tuple[Axes, DimMap]] = set()
     for v, mapping in members.items():
+        if (axes[v], mapping) in seen:
+            continue
+        seen.add((axes[v], mapping))
         found = tuple(
             mapping[e] if 0 <= e < len(mapping) and mapping[e] >= 0 else BROADCAST for e in axes[v]
         )

@@ -11,6 +11,7 @@ Costs are whole picoseconds, usages bytes per device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from passes.op_cost import OpCost
 from passes.overlap import Overlap, overlap
 from passes.relaid import copied, copy_bytes
 from passes.reshard_table import PICO, ReshardTable
-from passes.solve.problem import Costs, Edge, Node, Problem, Use
+from passes.solve.problem import INFINITY, Costs, Edge, Node, Problem, Use
 from passes.strategies import (
     Axes,
     Layouts,
@@ -102,12 +103,15 @@ def price(
     live: Liveness,
     fusion: Fusion,
     limit: float | None,
+    same: Sequence[int] = (),
 ) -> Priced:
     """Build the problem of one graph on one mesh. limit: bytes per device, None for none.
 
-    Raises HintUnmet where a hard hint leaves a value without any sharding.
+    same: per operation the first one like it (`passes.repeats`), which is priced for all of them;
+    () where each stands for itself. Raises HintUnmet where a hard hint leaves a value without any
+    sharding.
     """
-    return _Pricer(graph, mesh, cluster, decisions, live, fusion).build(limit)
+    return _Pricer(graph, mesh, cluster, decisions, live, fusion, same).build(limit)
 
 
 class HintUnmet(HintError):
@@ -123,8 +127,9 @@ class _Pricer:
         decisions: Decisions,
         live: Liveness,
         fusion: Fusion,
+        same: Sequence[int],
     ) -> None:
-        self.graph, self.mesh, self.cluster = graph, mesh, cluster
+        self.graph, self.mesh, self.cluster, self.same = graph, mesh, cluster, same
         self.decisions, self.live = decisions, live
         self.sizes = mesh.sizes
         self.links = lay(cluster, mesh.sizes)
@@ -173,11 +178,10 @@ class _Pricer:
             )
         self.add_memory()
         self.add_copies()
-        owners, tables = [], []
-        for op in graph.ops:
-            owner, table = self.add_op(op)
-            owners.append(owner)
-            tables.append(table)
+        like = self.alike()
+        times = Counter(like)
+        added = {o: self.add_op(graph.ops[o], n) for o, n in times.items()}
+        owners, tables = zip(*(added[o] for o in like), strict=True) if like else ((), ())
         nodes = tuple(
             Node(np.round(c), tuple(u), name)
             for c, u, name in zip(self.costs, self.uses, self.labels, strict=True)
@@ -194,8 +198,8 @@ class _Pricer:
             tuple(self.meanings),
             tuple(self.node_of),
             tuple(self.only),
-            tuple(owners),
-            tuple(tables),
+            owners,
+            tables,
             self.copies,
             self.fusion,
             self.constant,
@@ -298,6 +302,7 @@ class _Pricer:
 
     def add_copies(self) -> None:
         consumers = self.graph.consumers()
+        self.sent: dict[tuple[int, int, int], tuple[Costs, int]] = {}
         for value in self.graph.values:
             v = value.id
             group = self.decisions.group_of[v]
@@ -307,6 +312,8 @@ class _Pricer:
                 continue
             for readers in self.readers_together(group, consumers[v]):
                 self.add_copy(v, node, readers)
+        for (u, copy, _), (matrix, times) in self.sent.items():
+            self.place(matrix, u, copy, times)
 
     def readers_together(
         self, group: int, readers: Sequence[tuple[int, int]]
@@ -339,25 +346,61 @@ class _Pricer:
         choices = self.cache[key]
         if len(choices) == 1:
             return
-        label = f"copy of {_label(self.graph, self.producers, group)}"
-        copy = self.node(Meaning("copy", v, choices), label)
         region = self.graph.ops[readers[0][0]].region
-        if self.kept.narrow.issuperset(readers):
-            self.narrow.add(copy)
+        narrow = self.kept.narrow.issuperset(readers)
         whole = self.kept.of_value[v]
-        nbytes = self.kept.sent(v, copy in self.narrow)
+        nbytes = self.kept.sent(v, narrow)
         trips = self.trips[region]
         share = self.overlap.waited(v, readers[0][0], trips, nbytes)
+        copy = self.copy_of(v, group, choices, readers, (trips, share, narrow))
+        if narrow:
+            self.narrow.add(copy)
         matrix = self.table.matrix(axes, choices, nbytes, trips, whole, share)
-        self.place(matrix, node, copy)
+        before = self.sent.get((node, copy, id(matrix)), (matrix, 0))
+        self.sent[node, copy, id(matrix)] = matrix, before[1] + 1
         for reader in readers:
             self.copies[reader] = copy
 
+    def copy_of(
+        self,
+        v: int,
+        group: Group,
+        choices: tuple[Axes, ...],
+        readers: list[tuple[int, int]],
+        price: tuple[Any, ...],
+    ) -> int:
+        """The node of a copy: one for all copies of values that are alike, for readers alike."""
+        like = tuple((self.same[o], k) for o, k in readers) if self.same else v
+        key = ("copy", group.id, group.members[v], price, like)
+        if key not in self.cache:
+            label = f"copy of {_label(self.graph, self.producers, group)}"
+            self.cache[key] = self.node(Meaning("copy", v, choices), label)
+        copy: int = self.cache[key]
+        return copy
+
     # operations
 
-    def add_op(self, op: Op) -> tuple[int, tuple[Strategy, ...]]:
+    def alike(self) -> list[int]:
+        """Per operation the first one that costs the same, at every choice of the same nodes."""
+        if not self.same:
+            return list(range(len(self.graph.ops)))
+        first: dict[Any, int] = {}
+        return [first.setdefault(self.like(op), op.id) for op in self.graph.ops]
+
+    def like(self, op: Op) -> tuple[Any, ...]:
+        copies = tuple([self.copies.get((op.id, k), -1) for k in range(len(op.inputs))])
+        early = [v for v in op.inputs if v in self.overlap.early]
+        trips = self.trips[op.region]
+        return (
+            self.same[op.id],
+            copies,
+            *(self.overlap.waited(v, op.id, trips, self.kept.of_value[v]) for v in early),
+        )
+
+    def add_op(self, op: Op, times: int) -> tuple[int, tuple[Strategy, ...]]:
+        """Price an operation, for all those that cost the same."""
         owner, table, own = self.strategies_of(op)
-        cost = self.compute(op, table)
+        cost = self.compute(op, table) * times
         if own:
             owner = self.node(Meaning("op", op.id, table), f"{op.name} {op.source}".strip())
         if owner < 0:
@@ -366,10 +409,10 @@ class _Pricer:
             self.costs[owner] += cost
         for k, v in enumerate(op.inputs):
             if self.graph.values[v].type.size > 1 and self.graph.values[v].kind != "literal":
-                self.connect(op, "operand", k, v, owner, table)
+                self.connect(op, "operand", k, v, owner, table, times)
         for k, v in enumerate(op.outputs):
             if self.graph.values[v].type.size > 1:
-                self.connect(op, "result", k, v, owner, table)
+                self.connect(op, "result", k, v, owner, table, times)
         return owner, table
 
     def strategies_of(self, op: Op) -> tuple[int, tuple[Strategy, ...], bool]:
@@ -447,7 +490,14 @@ class _Pricer:
         return out
 
     def connect(
-        self, op: Op, side: str, k: int, v: int, owner: int, table: tuple[Strategy, ...]
+        self,
+        op: Op,
+        side: str,
+        k: int,
+        v: int,
+        owner: int,
+        table: tuple[Strategy, ...],
+        times: int,
     ) -> None:
         wants = self.wants(op, side, k, table)
         group = self.decisions.group_of[v]
@@ -466,10 +516,12 @@ class _Pricer:
         else:
             whole = self.graph.values[v].type.nbytes  # made, and summed, as it is
             matrix = self.table.matrix(wants, axes, self.kept.of_value[v], trips, whole)
-        self.place(matrix, *((node, owner) if side == "operand" else (owner, node)))
+        self.place(matrix, *((node, owner) if side == "operand" else (owner, node)), times)
 
-    def place(self, matrix: Costs, u: int, v: int) -> None:
-        """Add a cost matrix between two nodes, one of which may be absent or the same."""
+    def place(self, matrix: Costs, u: int, v: int, times: int = 1) -> None:
+        """Add a cost matrix so often between two nodes, one of which may be absent or the same."""
+        if times > 1:
+            matrix = self.multiple(matrix, times)
         if u >= 0 and u == v:
             self.costs[u] += np.diagonal(matrix)
         elif u >= 0 and v >= 0:
@@ -481,6 +533,13 @@ class _Pricer:
             self.costs[v] += matrix[0, :]
         else:
             self.constant += float(matrix[0, 0]) / PICO
+
+    def multiple(self, matrix: Costs, times: int) -> Costs:
+        key = ("multiple", id(matrix), times)
+        if key not in self.cache:
+            self.cache[key] = np.where(matrix < INFINITY, matrix * times, INFINITY)
+        out: Costs = self.cache[key]
+        return out
 
 
 def _label(graph: Graph, producers: Sequence[int], group: Group) -> str:

@@ -82,23 +82,58 @@ class Propagation:
         )
 
 
-def propagate(graph: Graph, mesh: Mesh, hints: Iterable[Hint] | None = None) -> Propagation:
+def propagate(
+    graph: Graph, mesh: Mesh, hints: Iterable[Hint] | None = None, wiring: Wiring | None = None
+) -> Propagation:
     """Shardings of all values that follow from the hints (those of the graph, unless given).
 
-    Raises HintError for a hint that does not fit its value or the mesh, and HintConflict for two
-    that contradict each other on one value.
+    wiring: of the graph, where it is propagated through more than once. Raises HintError for a hint
+    that does not fit its value or the mesh, and HintConflict for two that contradict each other on
+    one value.
     """
-    group = roots(graph)
+    wiring = wire(graph) if wiring is None else wiring
+    group = wiring.group
     found = anchors(graph, mesh, graph.hints if hints is None else hints, group)
-    run = _Run(graph, mesh, group)
+    run = _Run(graph, mesh, wiring)
     run.reserve(found)
     for priority in sorted({h.priority for a in found.values() for h in a.hints if h}):
         run.settle(run.place(found, priority))
     count = len(mesh.sizes)
     by_root = {r: Sharding.of_dims(tuple(run.dims[r]), count) for r in set(group)}
     return Propagation(
-        graph, mesh, tuple(by_root[r] for r in group), found, tuple(group), tuple(run.arrivals)
+        graph, mesh, tuple(by_root[r] for r in group), found, group, tuple(run.arrivals)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What axes flow along in a graph, on any mesh.
+
+    group: per value its root. tensors: per operation the roots of its operands and results. flows:
+    per operation how factors join them. touching: per root the operations that have it; one for all
+    that do the same to the same roots.
+    """
+
+    group: tuple[int, ...]
+    tensors: tuple[tuple[int, ...], ...]
+    flows: tuple[Flow, ...]
+    touching: tuple[tuple[int, ...], ...]
+
+
+def wire(graph: Graph) -> Wiring:
+    """The wiring of a graph."""
+    group = tuple(roots(graph))
+    tensors = tuple(tuple([group[v] for v in (*op.inputs, *op.outputs)]) for op in graph.ops)
+    known: dict[tuple[int, str], Flow] = {}
+    flows = tuple(flow_of(op, known) for op in graph.ops)
+    touching: list[list[int]] = [[] for _ in graph.values]
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for op, (flow, has) in enumerate(zip(flows, tensors, strict=True)):
+        if (id(flow), has) not in seen:
+            seen.add((id(flow), has))
+            for r in dict.fromkeys(has):
+                touching[r].append(op)
+    return Wiring(group, tensors, flows, tuple(tuple(t) for t in touching))
 
 
 class _Run:
@@ -108,23 +143,17 @@ class _Run:
     of the axes that split the value, and of those that its hints need.
     """
 
-    def __init__(self, graph: Graph, mesh: Mesh, group: Sequence[int]) -> None:
+    def __init__(self, graph: Graph, mesh: Mesh, wiring: Wiring) -> None:
         self.sizes = mesh.sizes
-        self.group = group
+        self.ops = graph.ops
         self.shapes = [v.shape for v in graph.values]
         self.dims: list[list[Axes]] = [[()] * len(shape) for shape in self.shapes]
         self.shut = [[False] * len(shape) for shape in self.shapes]
         self.used = [0] * len(self.shapes)
         self.kept = [0] * len(self.shapes)
         self.arrivals: list[dict[int, Arrival]] = [{} for _ in self.shapes]
-        self.values = [(*op.inputs, *op.outputs) for op in graph.ops]
-        self.tensors = [tuple(group[v] for v in values) for values in self.values]
-        flows: dict[tuple[int, str], Flow] = {}
-        self.flows = [flow_of(op, flows) for op in graph.ops]
-        self.touching: list[list[int]] = [[] for _ in self.shapes]
-        for op, tensors in enumerate(self.tensors):
-            for r in dict.fromkeys(tensors):
-                self.touching[r].append(op)
+        self.tensors, self.flows = wiring.tensors, wiring.flows
+        self.touching = wiring.touching
         self.projected: dict[tuple[Axes, tuple[int, ...]], tuple[tuple[Axes, ...], int]] = {}
         self.queue: list[int] = []
         self.queued = bytearray(len(graph.ops))
@@ -335,7 +364,7 @@ class _Run:
             return
         self.dims[root][d] = dim
         self.used[root] |= _bits(new)
-        values = self.values[op]
+        values = (*self.ops[op].inputs, *self.ops[op].outputs)
         for a in new:
             source = next(s for s, theirs in before.items() if s != t and a in theirs)
             self.arrivals[root][a] = Arrival(values[t], d, None, op, values[source])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -142,7 +143,7 @@ class Hint:
     hard: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Graph:
     """A whole function. inputs and outputs are value ids in flattened argument and result order.
 
@@ -178,14 +179,22 @@ class Graph:
 
     def producers(self) -> tuple[int, ...]:
         """Per value the id of the op that makes it, or -1."""
+        return self._producers
+
+    def consumers(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per value the (op id, operand index) pairs that read it, in program order."""
+        return self._consumers
+
+    @cached_property
+    def _producers(self) -> tuple[int, ...]:
         out = [-1] * len(self.values)
         for op in self.ops:
             for v in op.outputs:
                 out[v] = op.id
         return tuple(out)
 
-    def consumers(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Per value the (op id, operand index) pairs that read it, in program order."""
+    @cached_property
+    def _consumers(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         out: list[list[tuple[int, int]]] = [[] for _ in self.values]
         for op in self.ops:
             for k, v in enumerate(op.inputs):
