@@ -15,7 +15,7 @@ from passes.ir.graph import Graph, Hint, Op, Region, Type, Value
 from passes.ir.mesh import Mesh
 from passes.ir.rule import Factor, Kind, Rule
 from passes.ir.verify import verify
-from passes.propagate import Propagation, _Run, propagate
+from passes.propagate import Propagation, _Run, propagate, wire
 
 SIZES = st.sampled_from([1, 2, 4, 6, 8, 12])
 
@@ -175,7 +175,7 @@ def test_what_holds_for_any_graph(case: tuple[Graph, Mesh]) -> None:
 def test_nothing_is_left_to_move_at_the_end(case: tuple[Graph, Mesh]) -> None:
     graph, mesh = case
     result = propagate(graph, mesh)
-    run = _Run(graph, mesh, result.group)
+    run = _Run(graph, mesh, wire(graph))
     run.reserve(result.anchors)
     for priority in (0, 1, 2):
         run.settle(run.place(result.anchors, priority))
