@@ -13,14 +13,13 @@ from passes.assemble import cost_of
 from passes.baselines import BASELINES, baseline
 from passes.decisions import Decisions
 from passes.fusion import Fusion
-from passes.hints import HintError
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative
 from passes.liveness import Liveness
 from passes.meshes import axes_of
 from passes.price import Priced, price
-from passes.propagate import Wiring, wire
+from passes.propagate import Wiring
 from passes.repeats import repeats
 from passes.solve.problem import INFINITY
 
@@ -59,42 +58,28 @@ def layers_alike(setting: Setting) -> Setting:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One mesh of a search. starts: choices to begin with; promise: what the best of them costs."""
+    """One mesh of a search.
+
+    starts: choices to begin with. promise: seconds of the best of them that fits. baselines: what
+    each costs.
+    """
 
     priced: Priced
     starts: tuple[Sequence[int], ...]
     promise: float
+    baselines: tuple[Alternative, ...]
 
 
-def enter_all(
-    setting: Setting, meshes: Sequence[Mesh], solver: str, lost: list[Alternative], tell: Progress
-) -> tuple[list[Entry], list[HintError]]:
-    """Each mesh priced, its baselines counted as lost; and the errors of those no hint fits."""
-    entered: list[Entry] = []
-    unfit: list[HintError] = []
-    wiring = wire(setting.graph)
-    for m in meshes:
-        tell(f"pricing mesh {m}")
-        try:
-            entry, others = _enter(setting, m, solver, wiring)
-        except HintError as error:
-            unfit.append(error)
-            lost.append(Alternative(solver, axes_of(m), None, "breaks a hint"))
-            continue
-        entered.append(entry)
-        lost += others
-    return entered, unfit
+def enter(setting: Setting, mesh: Mesh, solver: str, wiring: Wiring) -> Entry:
+    """One mesh priced, with the baselines on it; HintError where a hint does not fit it.
 
-
-def _enter(
-    setting: Setting, mesh: Mesh, solver: str, wiring: Wiring
-) -> tuple[Entry, list[Alternative]]:
-    """One mesh priced, with the baselines on it; HintError where a hint does not fit it."""
+    wiring: of the setting's graph.
+    """
     anchors(setting.graph, mesh, setting.hints, wiring.group)  # its words are the clearest
     priced = price_on(setting, mesh)
     if solver != "ilp":
         choice = baseline(solver, priced, setting.hints, setting.batch, wiring)
-        return Entry(priced, (choice,), 0.0), []
+        return Entry(priced, (choice,), 0.0, ())
     starts, others = [], []
     promise = math.inf
     for name in ("propagate", *BASELINES):
@@ -109,7 +94,7 @@ def _enter(
         else:
             promise = min(promise, cost.step_time)
         others.append(Alternative(name, axes_of(mesh), cost, note))
-    return Entry(priced, tuple(starts), promise), others
+    return Entry(priced, tuple(starts), promise, tuple(others))
 
 
 def price_on(setting: Setting, mesh: Mesh) -> Priced:

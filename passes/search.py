@@ -12,9 +12,8 @@ with each layer by itself, from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes
@@ -24,9 +23,10 @@ from passes.baselines import BASELINES
 from passes.batch import find_batch
 from passes.compiler import scheduler
 from passes.decisions import decide
-from passes.entries import Entry, Progress, Setting, enter_all, layers_alike, price_on
-from passes.fitting import fixed, solve_within
+from passes.entries import Progress, Setting, layers_alike, price_on
+from passes.fitting import solve_within
 from passes.fusion import fuse
+from passes.hands import Answer
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Plan
@@ -34,6 +34,7 @@ from passes.liveness import liveness
 from passes.meshes import axes_of, candidate_meshes, names_of, natural_meshes
 from passes.price import HintUnmet, Priced
 from passes.reshard_table import PICO
+from passes.rounds import Searched, search_all
 from passes.solve.problem import Solution
 from passes.untie import carried_over
 from passes.worth import worth_of_memory
@@ -82,31 +83,34 @@ def search(
     if solver not in ("ilp", "propagate"):
         meshes = natural_meshes(solver, meshes)
     tell = progress or (lambda _: None)
-    lost: list[Alternative] = []
     alike = layers_alike(setting) if solver == "ilp" else setting
-    entered, unfit = enter_all(alike, meshes, solver, lost, tell)
-    if len(unfit) == len(meshes):
-        raise unfit[0]
-    answers, left = _answers(entered, solver, limit, lost, tell)
-    if not answers and left:
-        raise KeyboardInterrupt
-    if not answers:
-        raise NoFeasiblePlan(_message(setting, lost))
-    order_of = partial(_order, meshes)
-    answers.sort(key=order_of)
+    searched = search_all(alike, meshes, solver, tell)
+    lost = _lost(searched, meshes, solver)
+    won = sorted(
+        (k for k, a in searched.answers.items() if a.cost),
+        key=lambda k: (searched.answers[k].seconds, k),
+    )
+    if not won:
+        raise _nothing(searched, setting, lost)
     notes = [_of_attention(fused)] * fused_attention
     if alike.same:
-        answers = sorted(_each_layer_by_itself(setting, answers, tell), key=order_of)
         notes.append(_of_layers(alike.same, len(meshes)))
-    if left:
-        notes.append(f"interrupted: {left} of {len(entered)} meshes were not searched")
-    priced, solution = answers[0]
+        best = _each_layer_by_itself(setting, searched, won, tell)
+    else:
+        best = {won[0]: (searched.priced(won[0]), searched.answers[won[0]].solution)}
+    if searched.left:
+        entered = searched.left + len(searched.answers)
+        notes.append(f"interrupted: {searched.left} of {entered} meshes were not searched")
+    first = min(best, key=lambda k: (_seconds(*best[k]), k))
+    priced, solution = best[first]
     notes += worth_of_memory(priced, solution)
     plan = assemble(priced, solution, solver, limit, notes)
     plan = replace(plan, fused_attention=fused_attention)
-    for p, s in answers[1:]:
-        cost = cost_of(p, s.choice)
-        lost.append(Alternative(solver, axes_of(p.mesh), cost, _compare(plan, cost.step_time)))
+    for k in won:
+        cost = cost_of(best[k][0], best[k][1].choice) if k in best else searched.answers[k].cost
+        if k != first and cost:
+            why = _compare(plan, cost.step_time)
+            lost.append(Alternative(solver, axes_of(meshes[k]), cost, why))
     order = sorted(lost, key=lambda a: (a.cost is None, a.cost.step_time if a.cost else 0.0))
     return Found(replace(plan, alternatives=tuple(order)), priced, solution)
 
@@ -134,56 +138,43 @@ def _setting(
     )
 
 
-Answer = tuple[Priced, Solution]
+def _lost(searched: Searched, meshes: Sequence[Mesh], solver: str) -> list[Alternative]:
+    """The baselines, and the meshes on which nothing was found."""
+    out: list[Alternative] = []
+    for k, promise in enumerate(searched.promises):
+        out += promise.baselines
+        answer = searched.answers.get(k)
+        if promise.unfit:
+            out.append(Alternative(solver, axes_of(meshes[k]), None, "breaks a hint"))
+        elif answer and not answer.cost:
+            out.append(Alternative(solver, axes_of(meshes[k]), None, _why(answer)))
+    return out
 
 
-def _answers(
-    entered: Sequence[Entry], solver: str, limit: float, lost: list[Alternative], tell: Progress
-) -> tuple[list[Answer], int]:
-    """Each mesh's best choice, where it may win; and how many an interrupt left out.
-
-    The most promising first: the others need only be searched until they can not win.
-    """
-    answers: list[Answer] = []
-    best = math.inf
-    left = sorted(entered, key=lambda e: e.promise)
-    while left:
-        entry = left.pop(0)
-        priced = entry.priced
-        tell(f"mesh {priced.mesh}")
-        constant = priced.constant * PICO
-        if solver == "ilp":
-            solution = solve_within(priced, entry.starts, limit, best - constant)
-        else:
-            solution = fixed(priced.problem, entry.starts[0])
-        if solution.choice or not priced.problem.nodes:
-            answers.append((priced, solution))
-            best = min(best, solution.cost + constant)
-        else:
-            lost.append(Alternative(solver, axes_of(priced.mesh), None, _why(priced, solution)))
-        if solution.stopped == "interrupted":
-            break
-    return answers, len(left)
-
-
-def _order(meshes: Sequence[Mesh], answer: Answer) -> tuple[float, int]:
-    priced, solution = answer
-    return solution.cost + priced.constant * PICO, meshes.index(priced.mesh)
+def _nothing(searched: Searched, setting: Setting, lost: Sequence[Alternative]) -> BaseException:
+    """What to raise where no mesh has a plan."""
+    unfit = [p.unfit for p in searched.promises if p.unfit]
+    if len(unfit) == len(searched.promises):
+        return unfit[0]
+    if searched.left:
+        return KeyboardInterrupt()
+    return NoFeasiblePlan(_message(setting, lost))
 
 
 def _each_layer_by_itself(
-    setting: Setting, answers: Sequence[Answer], tell: Progress
-) -> Iterator[Answer]:
-    """The answers, those as good as the first searched again with every layer free."""
-    best = _seconds(*answers[0])
-    for k, (alike, solution) in enumerate(answers):
-        if k and _seconds(alike, solution) > best * (1 + _AS_GOOD):
-            yield alike, solution
-            continue
-        tell(f"mesh {alike.mesh}, each layer by itself")
-        priced = price_on(setting, alike.mesh)
-        start = carried_over(alike, solution.choice, priced)
-        yield priced, solve_within(priced, (start,), setting.limit)
+    setting: Setting, searched: Searched, won: Sequence[int], tell: Progress
+) -> dict[int, tuple[Priced, Solution]]:
+    """The best mesh, and those as good, searched again with every layer free."""
+    out = {}
+    best = searched.answers[won[0]].seconds
+    for k in won:
+        if searched.answers[k].seconds <= best * (1 + _AS_GOOD):
+            alike = searched.priced(k)
+            tell(f"mesh {alike.mesh}, each layer by itself")
+            priced = price_on(setting, alike.mesh)
+            start = carried_over(alike, searched.answers[k].solution.choice, priced)
+            out[k] = priced, solve_within(priced, (start,), setting.limit)
+    return out
 
 
 def _seconds(priced: Priced, solution: Solution) -> float:
@@ -217,16 +208,16 @@ def _compare(plan: Plan, seconds: float) -> str:
     return f"{ratio:.2f}x the step time"
 
 
-def _why(priced: Priced, solution: Solution) -> str:
-    problem = priced.problem
-    short = solution.shortage
+def _why(answer: Answer) -> str:
+    solution, short = answer.solution, answer.solution.shortage
     if solution.stopped == "cutoff":
         return "nothing on it is as fast"
     if short is None:
         return "no feasible choice found"
     held = ", ".join(
-        f"{problem.nodes[n].label} {format_bytes(b)}"
-        for n, b in list(zip(short.nodes, short.smallest, strict=True))[:4]
+        f"{answer.labels[n]} {format_bytes(b)}"
+        for n, b in zip(short.nodes, short.smallest, strict=True)
+        if n in answer.labels
     )
     return f"{format_bytes(short.short)} short even at its smallest (held by {held})"
 

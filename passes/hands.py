@@ -1,0 +1,246 @@
+"""Who prices and searches some of the meshes?  A hand: an object here, or a process of its own."""
+
+from __future__ import annotations
+
+import copyreg
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import IO, Any
+
+from passes.assemble import cost_of
+from passes.entries import Entry, Setting, enter, price_on
+from passes.fitting import fixed, solve_within
+from passes.hints import HintError
+from passes.ir.mesh import Mesh
+from passes.ir.plan import Alternative, Cost
+from passes.price import Priced
+from passes.propagate import wire
+from passes.reshard_table import PICO
+from passes.solve.problem import Solution
+
+# Operations times meshes from which on a process of their own is worth starting.
+_MANY = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a mesh promises. seconds: of the best baseline that fits; baselines: what each costs.
+
+    unfit: the error where a hint does not fit the mesh.
+    """
+
+    seconds: float = math.inf
+    baselines: tuple[Alternative, ...] = ()
+    unfit: HintError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the search of a mesh found. seconds, cost: of its choice, where it has one.
+
+    labels: of the nodes that hold memory where nothing fits.
+    """
+
+    solution: Solution
+    seconds: float
+    cost: Cost | None
+    labels: Mapping[int, str]
+
+
+class Here:
+    """A hand of this process."""
+
+    def __init__(self, setting: Setting, meshes: Sequence[Mesh], solver: str) -> None:
+        self.setting, self.meshes, self.solver = setting, meshes, solver
+        self.entries: dict[int, Entry] = {}
+        self.interrupted = False
+
+    def promises(self) -> Iterator[Promise]:
+        """What its meshes promise, one after the other."""
+        wiring = wire(self.setting.graph)
+        for k, mesh in enumerate(self.meshes):
+            try:
+                entry = enter(self.setting, mesh, self.solver, wiring)
+            except HintError as error:
+                yield Promise(unfit=error)
+                continue
+            self.entries[k] = entry
+            yield Promise(entry.promise, entry.baselines)
+
+    def begin(self, k: int, best: float) -> None:
+        """Search one of its meshes for what takes less than `best` seconds."""
+        self.next = k, best
+
+    def answer(self) -> Answer:
+        """What it found there."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        k, best = self.next
+        priced, starts = self.entries[k].priced, self.entries[k].starts
+        if self.solver == "ilp":
+            below = (best - priced.constant) * PICO
+            solution = solve_within(priced, starts, self.setting.limit, below)
+        else:
+            solution = fixed(priced.problem, starts[0])
+        nodes = priced.problem.nodes
+        if solution.choice or not nodes:
+            cost = cost_of(priced, solution.choice)
+            return Answer(solution, solution.cost / PICO + priced.constant, cost, {})
+        short = solution.shortage.nodes[:4] if solution.shortage else ()
+        return Answer(solution, math.inf, None, {n: nodes[n].label for n in short})
+
+    def priced(self, k: int) -> Priced:
+        """The problem of one of its meshes."""
+        return self.entries[k].priced
+
+    def interrupt(self) -> None:
+        """Do not search any more."""
+        self.interrupted = True
+
+    def close(self) -> None:
+        """Nothing to be done."""
+
+
+class Elsewhere:
+    """A hand that is a process of its own. Should that fail, a hand of this one takes over."""
+
+    def __init__(self, setting: Setting, meshes: Sequence[Mesh], solver: str) -> None:
+        self.setting, self.meshes, self.solver = setting, meshes, solver
+        self.instead: Here | None = None
+        self.interrupted = False
+        paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from passes.hands import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,  # Ctrl-C is for this process to hear, and to pass on
+        )
+        self.send((setting, tuple(meshes), solver))
+
+    def promises(self) -> Iterator[Promise]:
+        """What its meshes promise, one after the other."""
+        for k in range(len(self.meshes)):
+            promise = None if self.instead else self.hear()
+            if promise is None:
+                yield from list(self.taken_over().promises())[k:]
+                return
+            assert isinstance(promise, Promise)
+            yield promise
+
+    def begin(self, k: int, best: float) -> None:
+        """Search one of its meshes for what takes less than `best` seconds."""
+        self.next = k, best
+        self.send(self.next)
+
+    def answer(self) -> Answer:
+        """What it found there; Ctrl-C ends the search with the best so far."""
+        try:
+            found = self.hear()
+        except KeyboardInterrupt:
+            self.interrupt()
+            found = self.hear()
+        if found is None and self.interrupted:
+            raise KeyboardInterrupt
+        if found is None:
+            here = self.taken_over()
+            if not here.entries:
+                list(here.promises())
+            here.begin(*self.next)
+            return here.answer()
+        assert isinstance(found, Answer)
+        return found
+
+    def priced(self, k: int) -> Priced:
+        """The problem of one of its meshes."""
+        return price_on(self.setting, self.meshes[k])
+
+    def interrupt(self) -> None:
+        """End its search with the best so far."""
+        self.interrupted = True
+        os.kill(self.process.pid, signal.SIGINT)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+    def taken_over(self) -> Here:
+        """The hand that does the work instead."""
+        if self.instead is None:
+            self.instead = Here(self.setting, self.meshes, self.solver)
+        return self.instead
+
+    def send(self, what: object) -> None:
+        """Say something, if it still listens."""
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            _dump(what, self.process.stdin)
+
+    def hear(self) -> object:
+        """What it says, None where it is silent for ever."""
+        assert self.process.stdout is not None
+        try:
+            return pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return None
+
+
+def serve() -> None:
+    """Be a hand elsewhere: read what to do from stdin, and say on stdout what is found."""
+    said = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints is no answer
+    setting, meshes, solver = pickle.load(sys.stdin.buffer)
+    hand = Here(setting, meshes, solver)
+    for promise in hand.promises():
+        _dump(promise, said)
+    while True:
+        try:
+            hand.begin(*pickle.load(sys.stdin.buffer))
+        except EOFError:
+            return
+        try:
+            _dump(hand.answer(), said)
+        except KeyboardInterrupt:  # with nothing to show
+            return
+
+
+def _dump(what: object, to: IO[bytes]) -> None:
+    copyreg.pickle(MappingProxyType, _reduced)
+    pickle.dump(what, to, protocol=pickle.HIGHEST_PROTOCOL)
+    to.flush()
+
+
+def _reduced(mapping: MappingProxyType[Any, Any]) -> tuple[Callable[..., Any], tuple[Any]]:
+    return _read_only, (dict(mapping),)
+
+
+def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+def hand(setting: Setting, meshes: Sequence[Mesh], solver: str, first: bool) -> Here | Elsewhere:
+    """A hand for these meshes; but for the first, a process of its own where that saves time."""
+    work = (len(set(setting.same)) or len(setting.graph.ops)) * len(meshes)
+    if not first and solver == "ilp" and work >= _MANY and _cores() > 1:
+        with suppress(OSError):
+            return Elsewhere(setting, meshes, solver)
+    return Here(setting, meshes, solver)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
