@@ -27,6 +27,7 @@ from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Problem, Solution, Use
 
 _ROUNDS = 6  # of solving again
+_AGAIN = 12.0  # units of effort for all of them, a third of what is left for each
 
 # What a copy is that a choice makes: operation, side, place of the value; node, its choice.
 Copy = tuple[int, str, int, int, int]
@@ -43,9 +44,10 @@ def solve_within(
     can not be, the choice is the best one met until this was known.
     """
     first = solve(priced.problem, starts=starts, cutoff=cutoff)
-    best, stopped = _with_copies_told(priced, first, starts, limit, cutoff)
+    again = _Again(starts, cutoff)
+    best, stopped = _with_copies_told(priced, first, limit, again)
     if best is None and stopped != "interrupted":
-        best, stopped = _under_a_lower_limit(priced, first, starts, limit, cutoff)
+        best, stopped = _under_a_lower_limit(priced, first, limit, again)
     for start in starts:
         cost = priced.problem.cost(start)
         if cost < (best.cost if best else math.inf) and _fits(priced, start, limit):
@@ -60,8 +62,21 @@ def solve_within(
     return replace(best, bound=bound, status=status, stopped=stopped, prices=first.prices)
 
 
+class _Again:
+    """Solves once more, with less effort each time."""
+
+    def __init__(self, starts: Sequence[Sequence[int]], cutoff: float) -> None:
+        self.starts, self.cutoff, self.left = starts, cutoff, _AGAIN
+
+    def __call__(self, problem: Problem) -> Solution:
+        most = max(1.0, self.left / 3)
+        found = solve(problem, starts=self.starts, cutoff=self.cutoff, most_work=most)
+        self.left -= found.work
+        return found
+
+
 def _with_copies_told(
-    priced: Priced, first: Solution, starts: Sequence[Sequence[int]], limit: float, cutoff: float
+    priced: Priced, first: Solution, limit: float, again: _Again
 ) -> tuple[Solution | None, str]:
     """One that fits, if telling of copies leads to it; and what ended the last search."""
     solution, told = first, dict[Copy, Use]()
@@ -75,12 +90,12 @@ def _with_copies_told(
             break
         told |= new
         problem = with_copies(priced.problem, told)
-        solution = solve(problem, starts=starts, cutoff=cutoff)
+        solution = again(problem)
     return None, solution.stopped
 
 
 def _under_a_lower_limit(
-    priced: Priced, first: Solution, starts: Sequence[Sequence[int]], limit: float, cutoff: float
+    priced: Priced, first: Solution, limit: float, again: _Again
 ) -> tuple[Solution | None, str]:
     """One that fits, if a limit lowered by what is too much leads to it, or one halfway back."""
     solution, highest, tried = first, limit, limit
@@ -96,7 +111,7 @@ def _under_a_lower_limit(
         hopeless = tried <= 0 or (tried >= limit and not solution.choice)
         if hopeless or solution.stopped == "interrupted":
             break
-        solution = solve(replace(priced.problem, limit=tried), starts=starts, cutoff=cutoff)
+        solution = again(replace(priced.problem, limit=tried))
     return None, solution.stopped
 
 

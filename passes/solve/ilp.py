@@ -38,18 +38,19 @@ def solve(
     time_limit: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     cutoff: float = np.inf,
+    most_work: float | None = None,
 ) -> Solution:
     """The cheapest feasible choice found, never dearer than the best feasible start, and a bound.
 
     work: deterministic units of effort, about a second each. time_limit: seconds; then the answer
     may differ between machines. It ends at the first of them, or proven optimal; with neither, as
-    soon as the gap is small.
+    soon as the gap is small, or after `most_work` units (more for larger problems, twenty at most).
     progress: told of each new best cost and bound. cutoff: a cost that is to be beaten: the search
     ends when it can not be. Ctrl-C ends it with what it has; raises KeyboardInterrupt without any,
     and ProblemError for a malformed problem.
     """
     check(problem)
-    meter = Meter(problem, work, time_limit, progress, cutoff)
+    meter = Meter(problem, work, time_limit, progress, cutoff, most_work)
     try:
         for start in starts:
             _check_start(problem, start)

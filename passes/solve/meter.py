@@ -19,8 +19,10 @@ from passes.solve.memory import Indices
 from passes.solve.problem import INFINITY, Costs, Problem
 
 # A solve without a budget stops when the gap is small for the units spent, or at long last anyway.
-_GOOD = ((1.0, 1e-4), (2.0, 1e-3), (3.0, 2e-3), (6.0, 5e-3))
-_MOST_WORK = 20.0
+_GOOD = ((1.0, 1e-4), (2.0, 1e-3), (3.0, 2e-3), (6.0, 5e-3), (12.0, 2e-2))
+# At last: so many units for every edge, but not less than the first and no more than the second.
+_PER_EDGE = 0.1
+_LEAST_WORK, _MOST_WORK = 6.0, 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,11 @@ class Meter:
         time_limit: float | None,
         progress: Callable[[Progress], None] | None,
         cutoff: float = np.inf,
+        most_work: float | None = None,
     ) -> None:
         self.problem = problem
+        longest = min(max(_LEAST_WORK, _PER_EDGE * len(problem.edges)), _MOST_WORK)
+        self._most = longest if most_work is None else min(most_work, longest)
         self.cutoff = cutoff
         self.choice: tuple[int, ...] = ()
         self.cost = np.inf
@@ -96,7 +101,7 @@ class Meter:
         if self._budget is None:
             if any(self.work >= units and gap <= small for units, small in _GOOD):
                 raise Stop("good")
-            if self.work >= _MOST_WORK:
+            if self.work >= self._most:
                 raise Stop("work")
         elif self.work >= self._budget:
             raise Stop("work")
@@ -105,7 +110,7 @@ class Meter:
 
     def work_left(self) -> float:
         """Units until the search must stop."""
-        return max(0.01, (_MOST_WORK if self._budget is None else self._budget) - self.work)
+        return max(0.01, (self._most if self._budget is None else self._budget) - self.work)
 
     def seconds_left(self) -> float | None:
         """Until the time limit, None without one."""
