@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from passes.ir.plan import Alternative, Cost
 from passes.price import Priced
 from passes.propagate import wire
 from passes.reshard_table import PICO
+from passes.shortage import shortage_text
 from passes.solve.problem import Solution
 
 # Operations times meshes from which on a process of their own is worth starting.
@@ -44,15 +45,12 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the search of a mesh found. seconds, cost: of its choice, where it has one.
-
-    labels: of the nodes that hold memory where nothing fits.
-    """
+    """What the search of a mesh found. seconds, cost: of its choice; why: where it has none."""
 
     solution: Solution
     seconds: float
     cost: Cost | None
-    labels: Mapping[int, str]
+    why: str = ""
 
 
 class Here:
@@ -90,12 +88,10 @@ class Here:
             solution = solve_within(priced, starts, self.setting.limit, below)
         else:
             solution = fixed(priced.problem, starts[0])
-        nodes = priced.problem.nodes
-        if solution.choice or not nodes:
+        if solution.choice or not priced.problem.nodes:
             cost = cost_of(priced, solution.choice)
-            return Answer(solution, solution.cost / PICO + priced.constant, cost, {})
-        short = solution.shortage.nodes[:4] if solution.shortage else ()
-        return Answer(solution, math.inf, None, {n: nodes[n].label for n in short})
+            return Answer(solution, solution.cost / PICO + priced.constant, cost)
+        return Answer(solution, math.inf, None, _why(priced, solution))
 
     def priced(self, k: int) -> Priced:
         """The problem of one of its meshes."""
@@ -107,6 +103,14 @@ class Here:
 
     def close(self) -> None:
         """Nothing to be done."""
+
+
+def _why(priced: Priced, solution: Solution) -> str:
+    if solution.stopped == "cutoff":
+        return "nothing on it is as fast"
+    if solution.shortage is None:
+        return "no feasible choice found"
+    return shortage_text(priced, solution.shortage)
 
 
 class Elsewhere:

@@ -172,7 +172,7 @@ class _Pricer:
             self.only.append(choices[0])
             self.lists.append(choices)
             many = len(choices) > 1
-            label = _label(graph, self.producers, group) if many else ""
+            label = label_of(graph, self.producers, group) if many else ""
             self.node_of.append(
                 self.node(Meaning("group", group.id, choices), label) if many else -1
             )
@@ -373,7 +373,7 @@ class _Pricer:
         like = tuple((self.same[o], k) for o, k in readers) if self.same else v
         key = ("copy", group.id, group.members[v], price, like)
         if key not in self.cache:
-            label = f"copy of {_label(self.graph, self.producers, group)}"
+            label = f"copy of {label_of(self.graph, self.producers, group)}"
             self.cache[key] = self.node(Meaning("copy", v, choices), label)
         copy: int = self.cache[key]
         return copy
@@ -542,7 +542,7 @@ class _Pricer:
         return out
 
 
-def _label(graph: Graph, producers: Sequence[int], group: Group) -> str:
+def label_of(graph: Graph, producers: Sequence[int], group: Group) -> str:
     """The argument among the values of a group, or its largest value and who makes it."""
     for v in group.members:
         if graph.values[v].name:

@@ -26,7 +26,6 @@ from passes.decisions import decide
 from passes.entries import Progress, Setting, layers_alike, price_on
 from passes.fitting import solve_within
 from passes.fusion import fuse
-from passes.hands import Answer
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Plan
@@ -147,7 +146,7 @@ def _lost(searched: Searched, meshes: Sequence[Mesh], solver: str) -> list[Alter
         if promise.unfit:
             out.append(Alternative(solver, axes_of(meshes[k]), None, "breaks a hint"))
         elif answer and not answer.cost:
-            out.append(Alternative(solver, axes_of(meshes[k]), None, _why(answer)))
+            out.append(Alternative(solver, axes_of(meshes[k]), None, answer.why))
     return out
 
 
@@ -208,24 +207,12 @@ def _compare(plan: Plan, seconds: float) -> str:
     return f"{ratio:.2f}x the step time"
 
 
-def _why(answer: Answer) -> str:
-    solution, short = answer.solution, answer.solution.shortage
-    if solution.stopped == "cutoff":
-        return "nothing on it is as fast"
-    if short is None:
-        return "no feasible choice found"
-    held = ", ".join(
-        f"{answer.labels[n]} {format_bytes(b)}"
-        for n, b in zip(short.nodes, short.smallest, strict=True)
-        if n in answer.labels
-    )
-    return f"{format_bytes(short.short)} short even at its smallest (held by {held})"
-
-
 def _message(setting: Setting, lost: Sequence[Alternative]) -> str:
-    notes = "; ".join(
-        f"{' '.join(f'{n}={s}' for n, s in a.mesh)}: {a.note}" for a in lost if a.cost is None
-    )
+    meshes: dict[str, list[str]] = {}
+    for a in lost:
+        if a.cost is None:
+            meshes.setdefault(a.note, []).append(" ".join(f"{n}={s}" for n, s in a.mesh))
+    notes = "; ".join(f"{', '.join(of)}: {note}" for note, of in meshes.items())
     return (
         f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. "
         f"{notes}. More devices, a smaller batch, rematerialisation (jax.checkpoint), donated "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +244,27 @@ def test_impossible_memory() -> None:
     message = str(caught.value)
     assert "no plan of two fits in 1 MiB per device" in message
     assert "15 MiB short even at its smallest" in message  # two arrays of 64 MiB over 8 devices
+    assert "test_bad_input.py" in message
     assert "params['wk'] 8 MiB" in message
     assert "donate" in message
+    assert "without" not in message  # there are no hints
     assert plan(two, params, shape(8, 4096), memory_limit="18MiB").cost.peak_memory < 18 * 2**20
+
+
+def test_hints_that_need_too_much_memory_together() -> None:
+    params = {"wq": shape(4096, 4096), "wk": shape(4096, 4096)}
+    hints = {"params/wq": P(), "params/wk": P(None, "data"), "x": P()}
+    asked = partial(plan, two, params, shape(8, 4096), mesh={"data": 8})
+    with pytest.raises(autoshard.NoFeasiblePlan) as caught:
+        asked(hints=hints, memory_limit="32MiB")
+    message = str(caught.value)
+    assert "params['wq'] 64 MiB, params['wk'] 8 MiB" in message
+    assert "without hints['params/wq'] there would be room" in message
+    with pytest.raises(autoshard.NoFeasiblePlan) as caught:
+        asked(hints=hints, memory_limit="15MiB")
+    assert "without" not in str(caught.value)  # nor would there be without
+    del hints["params/wq"]
+    assert asked(hints=hints, memory_limit="32MiB").cost.peak_memory < 32 * 2**20
 
 
 @pytest.mark.parametrize(
