@@ -21,6 +21,7 @@ from passes.meshes import axes_of
 from passes.price import Priced, price
 from passes.propagate import Wiring
 from passes.repeats import repeats
+from passes.reshard_table import PICO
 from passes.solve.problem import INFINITY
 
 Progress = Callable[[str], None]
@@ -60,8 +61,8 @@ def layers_alike(setting: Setting) -> Setting:
 class Entry:
     """One mesh of a search.
 
-    starts: choices to begin with. promise: seconds of the best of them that fits. baselines: what
-    each costs.
+    starts: choices to begin with. promise: seconds of the best of them that fits. baselines: those
+    that are natural on this mesh, and what they cost.
     """
 
     priced: Priced
@@ -70,10 +71,12 @@ class Entry:
     baselines: tuple[Alternative, ...]
 
 
-def enter(setting: Setting, mesh: Mesh, solver: str, wiring: Wiring) -> Entry:
+def enter(
+    setting: Setting, mesh: Mesh, solver: str, wiring: Wiring, natural: Sequence[str]
+) -> Entry:
     """One mesh priced, with the baselines on it; HintError where a hint does not fit it.
 
-    wiring: of the setting's graph.
+    wiring: of the setting's graph. natural: the baselines that are counted exactly here.
     """
     anchors(setting.graph, mesh, setting.hints, wiring.group)  # its words are the clearest
     priced = price_on(setting, mesh)
@@ -85,16 +88,22 @@ def enter(setting: Setting, mesh: Mesh, solver: str, wiring: Wiring) -> Entry:
     for name in ("propagate", *BASELINES):
         choice = baseline(name, priced, setting.hints, setting.batch, wiring)
         starts.append(choice)
-        cost = cost_of(priced, choice) if priced.problem.cost(choice) < INFINITY else None
-        note = ""
-        if cost is None:
-            note = "breaks a hint"
-        elif cost.peak_memory > setting.limit:
-            note = f"needs {format_bytes(cost.peak_memory)} of memory"
-        else:
-            promise = min(promise, cost.step_time)
-        others.append(Alternative(name, axes_of(mesh), cost, note))
+        if priced.problem.feasible(choice):
+            promise = min(promise, priced.problem.cost(choice) / PICO + priced.constant)
+        if name in natural:
+            others.append(_counted(setting, priced, name, choice))
     return Entry(priced, tuple(starts), promise, tuple(others))
+
+
+def _counted(setting: Setting, priced: Priced, name: str, choice: Sequence[int]) -> Alternative:
+    """A baseline as an alternative."""
+    cost = cost_of(priced, choice) if priced.problem.cost(choice) < INFINITY else None
+    note = ""
+    if cost is None:
+        note = "breaks a hint"
+    elif cost.peak_memory > setting.limit:
+        note = f"needs {format_bytes(cost.peak_memory)} of memory"
+    return Alternative(name, axes_of(priced.mesh), cost, note)
 
 
 def price_on(setting: Setting, mesh: Mesh) -> Priced:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from passes.assemble import cost_of
 from passes.entries import Entry, Setting, enter, price_on
@@ -33,7 +33,7 @@ _MANY = 3000
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What a mesh promises. seconds: of the best baseline that fits; baselines: what each costs.
+    """What a mesh promises. seconds: of the best baseline that fits; baselines: what they cost.
 
     unfit: the error where a hint does not fit the mesh.
     """
@@ -53,20 +53,27 @@ class Answer:
     why: str = ""
 
 
+class Given(NamedTuple):
+    """A mesh for a hand, and the baselines that are natural on it."""
+
+    mesh: Mesh
+    natural: tuple[str, ...]
+
+
 class Here:
     """A hand of this process."""
 
-    def __init__(self, setting: Setting, meshes: Sequence[Mesh], solver: str) -> None:
-        self.setting, self.meshes, self.solver = setting, meshes, solver
+    def __init__(self, setting: Setting, given: Sequence[Given], solver: str) -> None:
+        self.setting, self.given, self.solver = setting, given, solver
         self.entries: dict[int, Entry] = {}
         self.interrupted = False
 
     def promises(self) -> Iterator[Promise]:
         """What its meshes promise, one after the other."""
         wiring = wire(self.setting.graph)
-        for k, mesh in enumerate(self.meshes):
+        for k, (mesh, natural) in enumerate(self.given):
             try:
-                entry = enter(self.setting, mesh, self.solver, wiring)
+                entry = enter(self.setting, mesh, self.solver, wiring, natural)
             except HintError as error:
                 yield Promise(unfit=error)
                 continue
@@ -116,8 +123,8 @@ def _why(priced: Priced, solution: Solution) -> str:
 class Elsewhere:
     """A hand that is a process of its own. Should that fail, a hand of this one takes over."""
 
-    def __init__(self, setting: Setting, meshes: Sequence[Mesh], solver: str) -> None:
-        self.setting, self.meshes, self.solver = setting, meshes, solver
+    def __init__(self, setting: Setting, given: Sequence[Given], solver: str) -> None:
+        self.setting, self.given, self.solver = setting, given, solver
         self.instead: Here | None = None
         self.interrupted = False
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
@@ -128,11 +135,11 @@ class Elsewhere:
             env={**os.environ, "PYTHONPATH": paths},
             start_new_session=True,  # Ctrl-C is for this process to hear, and to pass on
         )
-        self.send((setting, tuple(meshes), solver))
+        self.send((setting, tuple(given), solver))
 
     def promises(self) -> Iterator[Promise]:
         """What its meshes promise, one after the other."""
-        for k in range(len(self.meshes)):
+        for k in range(len(self.given)):
             promise = None if self.instead else self.hear()
             if promise is None:
                 yield from list(self.taken_over().promises())[k:]
@@ -165,7 +172,7 @@ class Elsewhere:
 
     def priced(self, k: int) -> Priced:
         """The problem of one of its meshes."""
-        return price_on(self.setting, self.meshes[k])
+        return price_on(self.setting, self.given[k].mesh)
 
     def interrupt(self) -> None:
         """End its search with the best so far."""
@@ -184,7 +191,7 @@ class Elsewhere:
     def taken_over(self) -> Here:
         """The hand that does the work instead."""
         if self.instead is None:
-            self.instead = Here(self.setting, self.meshes, self.solver)
+            self.instead = Here(self.setting, self.given, self.solver)
         return self.instead
 
     def send(self, what: object) -> None:
@@ -235,13 +242,13 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
     return MappingProxyType(mapping)
 
 
-def hand(setting: Setting, meshes: Sequence[Mesh], solver: str, first: bool) -> Here | Elsewhere:
+def hand(setting: Setting, given: Sequence[Given], solver: str, first: bool) -> Here | Elsewhere:
     """A hand for these meshes; but for the first, a process of its own where that saves time."""
-    work = (len(set(setting.same)) or len(setting.graph.ops)) * len(meshes)
+    work = (len(set(setting.same)) or len(setting.graph.ops)) * len(given)
     if not first and solver == "ilp" and work >= _MANY and _cores() > 1:
         with suppress(OSError):
-            return Elsewhere(setting, meshes, solver)
-    return Here(setting, meshes, solver)
+            return Elsewhere(setting, given, solver)
+    return Here(setting, given, solver)
 
 
 def _cores() -> int:

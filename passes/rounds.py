@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from passes.baselines import BASELINES
 from passes.entries import Progress, Setting
-from passes.hands import Answer, Elsewhere, Here, Promise, hand
+from passes.hands import Answer, Elsewhere, Given, Here, Promise, hand
 from passes.ir.mesh import Mesh
+from passes.meshes import natural_meshes
 from passes.price import Priced
 
 _HANDS = 2
@@ -39,7 +41,8 @@ def search_all(setting: Setting, meshes: Sequence[Mesh], solver: str, tell: Prog
     Ctrl-C ends it with what was found; raises KeyboardInterrupt before anything is searched.
     """
     dealt = [list(range(h, len(meshes), _HANDS)) for h in range(min(_HANDS, len(meshes)))]
-    hands = [hand(setting, [meshes[k] for k in own], solver, own[0] == 0) for own in dealt]
+    given = _given(meshes)
+    hands = [hand(setting, [given[k] for k in own], solver, own[0] == 0) for own in dealt]
     try:
         promises = _promises(hands, dealt, meshes, tell)
         answers, left = _play(hands, dealt, promises, lambda k: tell(f"mesh {meshes[k]}"))
@@ -51,6 +54,14 @@ def search_all(setting: Setting, meshes: Sequence[Mesh], solver: str, tell: Prog
         return hands[k % _HANDS].priced(k // _HANDS)
 
     return Searched(tuple(promises[k] for k in range(len(meshes))), answers, left, priced)
+
+
+def _given(meshes: Sequence[Mesh]) -> list[Given]:
+    """Each mesh with the baselines that an expert would use on it; hints alone go with any."""
+    natural = {name: natural_meshes(name, meshes) for name in BASELINES}
+    return [
+        Given(m, ("propagate", *(name for name in BASELINES if m in natural[name]))) for m in meshes
+    ]
 
 
 def _promises(

@@ -12,7 +12,7 @@ two middle ones of its neighbours where that raises the sum of shares; the bette
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 _PASSES = 6
 
@@ -49,41 +49,47 @@ def _balance(links: Sequence[Collection[int]], order: Sequence[int]) -> tuple[fl
     place = [0.0] * len(links)
     for i, v in enumerate(order):
         place[v] = float(i)
-
-    def share(v: int) -> float:
-        ahead = sum(place[u] > place[v] for u in links[v])
-        return 1.0 / max(ahead, len(links[v]) - ahead, 1)
-
+    ahead = [sum(place[u] > place[v] for u in around) for v, around in enumerate(links)]
     for _ in range(_PASSES):
         moved = False
-        for v in range(len(links)):
-            if len(links[v]) > 1:
-                moved |= _move(v, links, place, share)
+        for v, around in enumerate(links):
+            if len(around) > 1:
+                moved |= _move(v, links, place, ahead)
         if not moved:
             break
-    return sum(map(share, range(len(links)))), sorted(
-        range(len(links)), key=lambda v: (place[v], v)
-    )
+    shares = (_share(len(around), ahead[v]) for v, around in enumerate(links))
+    return sum(shares), sorted(range(len(links)), key=lambda v: (place[v], v))
 
 
-def _move(
-    v: int,
-    links: Sequence[Collection[int]],
-    place: list[float],
-    share: Callable[[int], float],
-) -> bool:
+def _share(links: int, ahead: int) -> float:
+    """Of a node's costs that each chain gets, with so many of its links ahead."""
+    return 1.0 / max(ahead, links - ahead, 1)
+
+
+def _move(v: int, links: Sequence[Collection[int]], place: list[float], ahead: list[int]) -> bool:
     """Try the places between the middle neighbours of v; whether one was better."""
-    around = sorted(place[u] for u in links[v])
-    half = len(around) // 2
-    tries = [(around[half - 1] + around[half]) / 2]
-    if len(around) % 2:
-        tries.append((around[half] + around[half + 1]) / 2)
-    best, old = sum(map(share, (v, *links[v]))), place[v]
+    around = links[v]
+    count, old = len(around), place[v]
+    others = [(place[u], len(links[u]), ahead[u]) for u in around]
+    sorted_ = sorted(p for p, _, _ in others)
+    half = count // 2
+    tries = [(sorted_[half - 1] + sorted_[half]) / 2]
+    if count % 2:
+        tries.append((sorted_[half] + sorted_[half + 1]) / 2)
+    best = _share(count, ahead[v])
+    for _, n, a in others:
+        best += _share(n, a)
     better = old
     for new in tries:
-        place[v] = new
-        value = sum(map(share, (v, *links[v])))
+        value = _share(count, sum(p > new for p, _, _ in others))
+        for p, n, a in others:
+            value += _share(n, a - (old > p) + (new > p))
         if value > best + 1e-9:
             best, better = value, new
+    if better == old:
+        return False
     place[v] = better
-    return better != old
+    ahead[v] = sum(p > better for p, _, _ in others)
+    for u, (p, _, _) in zip(around, others, strict=True):
+        ahead[u] += (better > p) - (old > p)
+    return True

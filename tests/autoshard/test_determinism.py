@@ -38,7 +38,25 @@ params = {
 args = {"params": params, "momentum": params}, {
     "ids": shape(64, dtype=jnp.int32), "y": shape(64, 256)}
 
+def unrolled(state, x):
+    def loss(params):
+        y = x
+        for w in params:
+            z = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+            y = y + jax.nn.silu(z @ w["up"]) @ w["down"]
+        return jnp.mean(y * y)
+    grads = jax.grad(loss)(state["params"])
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state["momentum"], grads)
+    params = jax.tree.map(lambda p, m: p - 0.1 * m, state["params"], momentum)
+    return {"params": params, "momentum": momentum}
+
+layers = [{"up": shape(256, 1024), "down": shape(1024, 256)}] * 60
+
 def plans():
+    many = autoshard.plan(unrolled, {"params": layers, "momentum": layers}, shape(64, 256),
+                          cluster="h100:16", donate_argnums=0)
+    assert any("repeat others" in note for note in many.data.notes)
+    yield many
     yield autoshard.plan(step, *args, cluster="h100:8", donate_argnums=0)
     yield autoshard.plan(step, *args, cluster="cpu:8", hints={"batch/*": P("data")},
                          mesh={"data": 4, "model": 2}, memory_limit="8MiB")
@@ -62,7 +80,7 @@ def hashes(seed: str) -> list[str]:
 
 def test_two_processes_with_different_hash_seeds() -> None:
     first = hashes("1")
-    assert len(set(first)) == 4
+    assert len(set(first)) == 5
     assert hashes("2") == first
 
 
@@ -72,4 +90,4 @@ def test_two_runs_in_one_process() -> None:
     once, twice = ([p.to_json() for p in scope["plans"]()] for _ in range(2))  # type: ignore[operator]
     assert once == twice
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in once]
-    assert len(set(digests)) == 4
+    assert len(set(digests)) == 5
