@@ -32,7 +32,9 @@ _LOOK = Budget(4e6, 1e6)
 _LOOK_HARD = Budget(5e7, 4e6)
 # Caps of mini-bucket tables, one a look. Which one cuts the buckets at harmless places is luck, and
 # the same luck in every repeated layer: trying several is cheap.
-_CAPS = (1e4, 1e5, 2e4, 3e5, 7e3, 1e6)
+_CAPS = (1e5, 1e6, 1e4, 3e5, 2e4, 7e3)
+# Passes of messages at the best prices: tens of them, while each ten close this part of the gap.
+_TENS, _PART = 20, 0.015
 _NEAR = 4000.0  # pairs of the first neighbourhood
 
 
@@ -112,6 +114,7 @@ class Search:
 
     def certify(self, priced: PricedCore, value: float) -> None:
         """Raise the bound at the present prices towards the least priced cost met, `value`."""
+        self.converge(priced, value)
         for step in range(_STEPS):
             spent, before = priced.work, priced.bound
             priced.tighten(value, _CAPS[step % len(_CAPS)])
@@ -125,6 +128,16 @@ class Search:
             self.spend(priced.work - spent)
             if visit.exact or (step > len(_CAPS) and priced.bound - before <= 0.05 * gap):
                 return
+
+    def converge(self, priced: PricedCore, value: float) -> None:
+        """Pass messages as long as ten passes still close a part of the gap."""
+        for _ in range(_TENS):
+            spent, before = priced.work, priced.before()
+            bound = priced.sweep(10)
+            self.learn(priced.bound)
+            self.spend(priced.work - spent)
+            if bound - before <= _PART * (value - bound):
+                break
 
     def between(self, best: Costs, new: Costs) -> Costs:
         """Where to look next: with several prices, half-way from the best ones to the new."""
