@@ -29,8 +29,9 @@ from passes.solve.tables import Picks
 
 _Link = tuple[int, Costs, Costs, Costs]  # neighbour, table, message from it, message to it
 
-# Edges from which a pass is worth the second that loading its kernel takes.
-_LARGE = 3000
+# Edges from which a pass is worth the second that loading its kernel takes; and so many passes over
+# edges, after which it would have been.
+_LARGE, _MANY = 3000, 60_000
 
 
 class Messages:
@@ -39,8 +40,8 @@ class Messages:
     flat: the costs of all nodes, one after the other, plus the messages into them; belief: that of
     each node. bound: the lower bound of the last pass back; before: of the pass before that one.
     backward: the messages to the first ends of edges.
-    compiled: whether passes run as machine code, by default where the graph is large; both ways
-    give the same numbers to the last bit.
+    compiled: whether passes run as machine code, by default where the graph is large, or after
+    many passes; both ways give the same numbers to the last bit.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Messages:
         if not self._compiled:
             self._wire()
         self.before = self.bound = -np.inf
+        self._left = _MANY if compiled is None else np.inf
 
     def _message(self, edge: int) -> tuple[Costs, Costs]:
         """The messages to the first and to the second end of an edge."""
@@ -103,6 +105,9 @@ class Messages:
     def sweep(self) -> float:
         """Once through and back; returns the new bound."""
         order = self.graph.order
+        self._left -= len(self.graph.first)
+        if self._left < 0 and not self._compiled:
+            self._compiled, self._left = _has_compiler(), np.inf
         if self._compiled:
             self.before, self.bound = self._run_compiled()
         else:
@@ -161,3 +166,10 @@ class Messages:
             left = left - to_v[rows][:, None]
             tables.append(((v, u), left) if v < u else ((u, v), left.T))
         return [b[k] for b, k in zip(self.belief, keep, strict=True)], tables
+
+
+def _has_compiler() -> bool:
+    """Whether the kernels are more than plain Python."""
+    from importlib.util import find_spec
+
+    return find_spec("numba") is not None
