@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from passes.assemble import cost_of
 from passes.entries import Entry, Setting, enter, price_on
@@ -127,6 +127,7 @@ class Elsewhere:
         self.setting, self.given, self.solver = setting, given, solver
         self.instead: Here | None = None
         self.interrupted = False
+        what = _dumped((setting, tuple(given), solver))  # before there is a process
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from passes.hands import serve; serve()"],
@@ -135,7 +136,7 @@ class Elsewhere:
             env={**os.environ, "PYTHONPATH": paths},
             start_new_session=True,  # Ctrl-C is for this process to hear, and to pass on
         )
-        self.send((setting, tuple(given), solver))
+        self.send(what)
 
     def promises(self) -> Iterator[Promise]:
         """What its meshes promise, one after the other."""
@@ -150,7 +151,7 @@ class Elsewhere:
     def begin(self, k: int, best: float) -> None:
         """Search one of its meshes for what takes less than `best` seconds."""
         self.next = k, best
-        self.send(self.next)
+        self.send(_dumped(self.next))
 
     def answer(self) -> Answer:
         """What it found there; Ctrl-C ends the search with the best so far."""
@@ -194,11 +195,12 @@ class Elsewhere:
             self.instead = Here(self.setting, self.given, self.solver)
         return self.instead
 
-    def send(self, what: object) -> None:
+    def send(self, what: bytes) -> None:
         """Say something, if it still listens."""
         assert self.process.stdin is not None
         with suppress(OSError):
-            _dump(what, self.process.stdin)
+            self.process.stdin.write(what)
+            self.process.stdin.flush()
 
     def hear(self) -> object:
         """What it says, None where it is silent for ever."""
@@ -213,25 +215,21 @@ def serve() -> None:
     """Be a hand elsewhere: read what to do from stdin, and say on stdout what is found."""
     said = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints is no answer
-    setting, meshes, solver = pickle.load(sys.stdin.buffer)
-    hand = Here(setting, meshes, solver)
-    for promise in hand.promises():
-        _dump(promise, said)
-    while True:
-        try:
+    with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):  # nobody asks any more
+        setting, given, solver = pickle.load(sys.stdin.buffer)
+        hand = Here(setting, given, solver)
+        for promise in hand.promises():
+            said.write(_dumped(promise))
+            said.flush()
+        while True:
             hand.begin(*pickle.load(sys.stdin.buffer))
-        except EOFError:
-            return
-        try:
-            _dump(hand.answer(), said)
-        except KeyboardInterrupt:  # with nothing to show
-            return
+            said.write(_dumped(hand.answer()))
+            said.flush()
 
 
-def _dump(what: object, to: IO[bytes]) -> None:
+def _dumped(what: object) -> bytes:
     copyreg.pickle(MappingProxyType, _reduced)
-    pickle.dump(what, to, protocol=pickle.HIGHEST_PROTOCOL)
-    to.flush()
+    return pickle.dumps(what, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _reduced(mapping: MappingProxyType[Any, Any]) -> tuple[Callable[..., Any], tuple[Any]]:
@@ -246,7 +244,8 @@ def hand(setting: Setting, given: Sequence[Given], solver: str, first: bool) -> 
     """A hand for these meshes; but for the first, a process of its own where that saves time."""
     work = (len(set(setting.same)) or len(setting.graph.ops)) * len(given)
     if not first and solver == "ilp" and work >= _MANY and _cores() > 1:
-        with suppress(OSError):
+        # No process, or something among the user's own that can not be sent to one: do it here.
+        with suppress(OSError, pickle.PicklingError, TypeError, AttributeError, ValueError):
             return Elsewhere(setting, given, solver)
     return Here(setting, given, solver)
 

@@ -65,6 +65,17 @@ def test_each_is_searched_on_the_meshes_that_suit_it(solver: str, axes: set[int]
     assert {len(m) for m in meshes} == axes
 
 
+def test_a_search_compares_with_each_on_the_meshes_that_suit_it() -> None:
+    plan = planned("ilp", None)
+    axes: dict[str, set[int]] = {}
+    for a in plan.alternatives:
+        axes.setdefault(a.solver, set()).add(len(a.mesh))
+    assert axes["dp"] == axes["fsdp"] == {1}
+    assert axes["tp"] == {1, 2}
+    assert axes["fsdp+tp"] == {2}
+    assert axes["propagate"] == {1, 2, 3}  # hints alone go with any
+
+
 def test_tensor_parallel_splits_heads_and_not_their_features() -> None:
     def attention(p: dict[str, Any], x: Any) -> Any:
         q, k, v = (jnp.einsum("bsw,whd->bshd", x, p[name]) for name in "qkv")

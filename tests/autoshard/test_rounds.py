@@ -44,7 +44,7 @@ JOBS = {
     "gpt": (lambda: zoo.gpt2_small_unrolled(2, batch=8, sequence=128), "h100:8", {}),
     "scan": (lambda: zoo.gpt2_small_scan(2, batch=8, sequence=128), "v5e:4x4", {}),
     "dlrm": (zoo.dlrm, "v5e:2x4", {"hints": {"batch/*": P("data")}}),
-    "tight": (lambda: zoo.mlp(512, 4, 1024), "h100:8", {"memory_limit": "18MiB"}),
+    "tight": (lambda: zoo.mlp(512, 4, 1024), "h100:8", {"memory_limit": "24MiB"}),
 }
 
 
@@ -78,6 +78,21 @@ def test_a_process_that_dies_is_replaced(
     assert started[0].instead is not None
     alone(monkeypatch)
     assert plan().to_json() == broken.to_json()
+
+
+def test_what_can_not_be_sent_is_searched_here(
+    started: list[hands.Elsewhere], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(what: object) -> bytes:
+        raise TypeError("cannot pickle this")
+
+    fn, args = JOBS["gpt"][0]()
+    plan = partial(autoshard.plan, fn, *args, cluster="h100:8", donate_argnums=0)
+    before = plan().to_json()
+    assert len(started) == 1
+    monkeypatch.setattr(hands, "_dumped", never)
+    assert plan().to_json() == before
+    assert len(started) == 1
 
 
 def test_hints_that_fit_no_mesh_say_so_from_elsewhere(started: list[hands.Elsewhere]) -> None:
