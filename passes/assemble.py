@@ -7,6 +7,7 @@ exactly: with the resharded copies, which the problem leaves out.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -103,15 +104,15 @@ def changes(
     out: list[Change] = []
     made: set[tuple[int, int]] = set()
     shared = {op for op, _ in priced.copies}
-    agree: dict[tuple[object, ...], bool] = {}
-    for op in priced.graph.ops:
-        wants, gives = priced.layouts.of(op.rule, chosen[op.id])
-        have = [values[v] for v in (*op.inputs, *op.outputs)]
-        key = (id(op.rule), chosen[op.id], *have)
-        if key not in agree:
-            agree[key] = have == [*wants, *gives]
-        if not agree[key] or op.id in shared:
-            out += _changes_of(priced, op, choice, values, (wants, gives), made)
+    agree: dict[int, bool] = {}
+    for op, first in zip(priced.graph.ops, priced.like, strict=True):
+        if first not in agree:
+            wants, gives = priced.layouts.of(op.rule, chosen[op.id])
+            have = [values[v] for v in (*op.inputs, *op.outputs)]
+            agree[first] = have == [*wants, *gives]
+        if not agree[first] or op.id in shared:
+            layout = priced.layouts.of(op.rule, chosen[op.id])
+            out += _changes_of(priced, op, choice, values, layout, made)
     return tuple(out)
 
 
@@ -368,10 +369,10 @@ def _seconds(priced: Priced, chosen: Sequence[Strategy]) -> tuple[float, ...]:
     graph, known = priced.graph, {}
     cost = OpCost(graph, priced.fusion, priced.mesh, priced.cluster, priced.links, priced.layouts)
     trips = [graph.trips(r.id) for r in graph.regions]
-    out = []
-    for op, strategy in zip(graph.ops, chosen, strict=True):
-        if op.is_link:
-            out.append(0.0)
+    out: list[float] = []
+    for op, strategy, first in zip(graph.ops, chosen, priced.like, strict=True):
+        if first < op.id or op.is_link:
+            out.append(0.0 if op.is_link else out[first])
             continue
         traffic = priced.fusion.traffic[op.id]
         key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass)
@@ -395,9 +396,12 @@ def _cost(priced: Priced, answer: Answer) -> Cost:
         sent += reshard_sent(c.moves, c.nbytes, sizes) * c.trips
     compute = sum(answer.seconds)
     flops = sum(
-        op.rule.flops / parts(s, sizes) * graph.trips(op.region)
-        for op, s in zip(graph.ops, answer.strategies, strict=True)
-        if op.rule.flops
+        graph.ops[o].rule.flops
+        / parts(answer.strategies[o], sizes)
+        * graph.trips(graph.ops[o].region)
+        * times
+        for o, times in Counter(priced.like).items()
+        if graph.ops[o].rule.flops
     )
     return Cost(
         step_time=compute + exposed,

@@ -71,7 +71,8 @@ class Priced:
     that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
     constant: seconds that no choice changes. only: per group its sole choice where it has no node.
     layouts: what strategies want and make, as far as it was asked.
-    narrow: copies that are sent as narrow readers want them. copied: as of passes.relaid.
+    narrow: copies that are sent as narrow readers want them. copied: as of passes.relaid. like: per
+    operation the first one that is split as it is, and costs as much, under every choice.
     """
 
     graph: Graph
@@ -93,6 +94,7 @@ class Priced:
     narrow: frozenset[int]
     overlap: Overlap
     copied: Mapping[int, tuple[int, int]]
+    like: tuple[int, ...]
 
 
 def price(
@@ -178,7 +180,7 @@ class _Pricer:
             )
         self.add_memory()
         self.add_copies()
-        like = self.alike()
+        like = tuple(self.alike())
         times = Counter(like)
         added = {o: self.add_op(graph.ops[o], n) for o, n in times.items()}
         owners, tables = zip(*(added[o] for o in like), strict=True) if like else ((), ())
@@ -207,6 +209,7 @@ class _Pricer:
             frozenset(self.narrow),
             self.overlap,
             self.copied,
+            like,
         )
 
     def group_choices(self, group: Group) -> tuple[Axes, ...]:
