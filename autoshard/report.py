@@ -88,6 +88,8 @@ def how_found(plan: Plan) -> str:
     """Solver, status and gap in words."""
     if plan.status == "optimal":
         return f"{plan.solver}, proven optimal on this mesh"
+    if plan.status == "feasible" and plan.gap >= 1:
+        return f"{plan.solver}, how far above the optimum is not known"
     if plan.status == "feasible":
         return f"{plan.solver}, at most {max(plan.gap, 1e-3):.1%} above the optimum on this mesh"
     if plan.solver == "propagate":

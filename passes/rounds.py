@@ -34,6 +34,18 @@ class Searched:
     left: int
     priced: Callable[[int], Priced]
 
+    @property
+    def won(self) -> list[int]:
+        """The meshes that have an answer, the best first."""
+        found = [k for k, a in self.answers.items() if a.cost]
+        return sorted(found, key=lambda k: (self.answers[k].seconds, k))
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        stopped = (a.solution.stopped == "interrupted" for a in self.answers.values())
+        return self.left > 0 or any(stopped)
+
 
 def search_all(setting: Setting, meshes: Sequence[Mesh], solver: str, tell: Progress) -> Searched:
     """Search every mesh that may win. solver: "ilp", or the baseline that is not searched.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cost_models.cluster import Cluster
@@ -84,19 +85,18 @@ def search(
     tell = progress or (lambda _: None)
     alike = layers_alike(setting) if solver == "ilp" else setting
     searched = search_all(alike, meshes, solver, tell)
-    lost = _lost(searched, meshes, solver)
-    won = sorted(
-        (k for k, a in searched.answers.items() if a.cost),
-        key=lambda k: (searched.answers[k].seconds, k),
-    )
+    if alike.same and not searched.won and not searched.left and searched.answers:
+        alike = setting  # what fits nowhere with layers alike may fit with each by itself
+        searched = search_all(alike, meshes, solver, tell)
+    lost, won = _lost(searched, meshes, solver), searched.won
     if not won:
         raise _nothing(searched, setting, lost)
     notes = [_of_attention(fused)] * fused_attention
+    best = {won[0]: (searched.priced(won[0]), searched.answers[won[0]].solution)}
     if alike.same:
-        notes.append(_of_layers(alike.same, len(meshes)))
-        best = _each_layer_by_itself(setting, searched, won, tell)
-    else:
-        best = {won[0]: (searched.priced(won[0]), searched.answers[won[0]].solution)}
+        free = {} if searched.interrupted else _each_layer_by_itself(setting, searched, tell)
+        notes.append(_of_layers(alike.same, len(meshes), bool(free)))
+        best = free or {k: (p, _unproven(s)) for k, (p, s) in best.items()}
     if searched.left:
         entered = searched.left + len(searched.answers)
         notes.append(f"interrupted: {searched.left} of {entered} meshes were not searched")
@@ -161,28 +161,36 @@ def _nothing(searched: Searched, setting: Setting, lost: Sequence[Alternative]) 
 
 
 def _each_layer_by_itself(
-    setting: Setting, searched: Searched, won: Sequence[int], tell: Progress
+    setting: Setting, searched: Searched, tell: Progress
 ) -> dict[int, tuple[Priced, Solution]]:
-    """The best mesh, and those as good, searched again with every layer free."""
+    """The best mesh, and those as good, searched again with every layer free; {} if interrupted."""
     out = {}
-    best = searched.answers[won[0]].seconds
-    for k in won:
-        if searched.answers[k].seconds <= best * (1 + _AS_GOOD):
-            alike = searched.priced(k)
-            tell(f"mesh {alike.mesh}, each layer by itself")
-            priced = price_on(setting, alike.mesh)
-            start = carried_over(alike, searched.answers[k].solution.choice, priced)
-            out[k] = priced, solve_within(priced, (start,), setting.limit)
+    best = searched.answers[searched.won[0]].seconds
+    with suppress(KeyboardInterrupt):
+        for k in searched.won:
+            if searched.answers[k].seconds <= best * (1 + _AS_GOOD):
+                alike = searched.priced(k)
+                tell(f"mesh {alike.mesh}, each layer by itself")
+                priced = price_on(setting, alike.mesh)
+                start = carried_over(alike, searched.answers[k].solution.choice, priced)
+                out[k] = priced, solve_within(priced, (start,), setting.limit)
     return out
+
+
+def _unproven(solution: Solution) -> Solution:
+    """A solution of another problem: as good, but its bound is none of this one."""
+    return replace(solution, bound=min(0.0, solution.cost), status="feasible", prices=())
 
 
 def _seconds(priced: Priced, solution: Solution) -> float:
     return solution.cost / PICO + priced.constant
 
 
-def _of_layers(same: Sequence[int], meshes: int) -> str:
+def _of_layers(same: Sequence[int], meshes: int, free: bool) -> str:
     repeated = len(same) - len(set(same))
     what = f"{repeated} of {len(same)} operations repeat others: "
+    if not free:
+        return what + "repeated layers are split alike, which was not searched further"
     if meshes == 1:
         return what + "searched with repeated layers split alike, then with each layer by itself"
     return (

@@ -18,7 +18,7 @@ import zoo
 import autoshard
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
-from passes import repeats
+from passes import repeats, rounds, search
 from passes.assemble import cost_of
 from passes.compiler import scheduler
 from passes.decisions import decide
@@ -200,3 +200,43 @@ def test_a_baseline_is_not_searched_and_says_nothing_of_layers() -> None:
     fn, args = llama(8)
     plan = autoshard.plan(fn, *args, cluster="v5e:2x2", solver="fsdp", donate_argnums=0)
     assert not any("repeat others" in note for note in plan.data.notes)
+
+
+def test_what_fits_nowhere_with_layers_alike_is_searched_with_each_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings: list[Setting] = []
+
+    def none_if_alike(setting: Setting, *rest: Any) -> rounds.Searched:
+        settings.append(setting)
+        found = rounds.search_all(setting, *rest)
+        if not setting.same:
+            return found
+        nothing = {k: replace(a, cost=None) for k, a in found.answers.items()}
+        return replace(found, answers=nothing)
+
+    monkeypatch.setattr(search, "search_all", none_if_alike)
+    fn, args = llama(8)
+    plan = autoshard.plan(fn, *args, cluster="v5e:2x2", donate_argnums=0)
+    assert [bool(s.same) for s in settings] == [True, False]
+    assert plan.data.status == "optimal"
+    assert not any("repeat others" in note for note in plan.data.notes)
+
+
+@pytest.mark.parametrize("when", ["mesh data=4, each layer", "mesh data=2"])
+def test_an_interrupt_leaves_layers_alike_and_claims_nothing(when: str) -> None:
+    def interrupt(message: str) -> None:
+        if message.startswith(when):
+            raise KeyboardInterrupt
+
+    fn, args = llama(8)
+    call = partial(autoshard.plan, fn, *args, cluster="v5e:2x2", donate_argnums=0)
+    assert call().mesh == {"data": 4}
+    if "each" not in when:  # nothing but what it was told has been searched
+        with pytest.raises(KeyboardInterrupt):
+            call(progress=interrupt)
+        return
+    plan = call(progress=interrupt)
+    assert plan.data.status == "feasible"
+    assert "how far above the optimum is not known" in str(plan)
+    assert any("not searched further" in note for note in plan.data.notes)
