@@ -27,7 +27,8 @@ from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Problem, Solution, Use
 
 _ROUNDS = 6  # of solving again
-_AGAIN = 12.0  # units of effort for all of them, a third of what is left for each
+_AGAIN = 12.0  # units of effort for all of them, a third of what is left for each: as in `solve`,
+# seconds about; with 20 for each, an MLP at its memory limit took 104 s for the plan it has in 12
 
 # What a copy is that a choice makes: operation, side, place of the value; node, its choice.
 Copy = tuple[int, str, int, int, int]

@@ -110,8 +110,8 @@ def _play(
         for h, k in playing:
             if interrupted:
                 h.interrupt()
-            tell(k)
             try:
+                tell(k)
                 answers[k] = h.answer()
             except KeyboardInterrupt:
                 interrupted = True

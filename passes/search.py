@@ -40,7 +40,8 @@ from passes.untie import carried_over
 from passes.worth import worth_of_memory
 
 SOLVERS = ("ilp", "propagate", *BASELINES)
-# Where repeated layers are alike, a mesh that is this much slower may still win when they are not.
+# Where repeated layers are alike, a mesh that is this much slower may still win when they are not:
+# letting 80 layers of LLaMA differ on 4 x 8 x 8 of v5p gained 0.01 % of the step.
 _AS_GOOD = 0.002
 
 
@@ -97,9 +98,9 @@ def search(
         free = {} if searched.interrupted else _each_layer_by_itself(setting, searched, tell)
         notes.append(_of_layers(alike.same, len(meshes), bool(free)))
         best = free or {k: (p, _unproven(s)) for k, (p, s) in best.items()}
-    if searched.left:
-        entered = searched.left + len(searched.answers)
-        notes.append(f"interrupted: {searched.left} of {entered} meshes were not searched")
+    cut_short = any(s.stopped == "interrupted" for _, s in best.values())
+    if searched.interrupted or cut_short:
+        notes.append(_of_interrupt(searched))
     first = min(best, key=lambda k: (_seconds(*best[k]), k))
     priced, solution = best[first]
     notes += worth_of_memory(priced, solution)
@@ -200,6 +201,13 @@ def _of_layers(same: Sequence[int], meshes: int, free: bool) -> str:
 
 
 # Words
+
+
+def _of_interrupt(searched: Searched) -> str:
+    if not searched.left:
+        return "interrupted: the search was not finished"
+    entered = searched.left + len(searched.answers)
+    return f"interrupted: {searched.left} of {entered} meshes were not searched"
 
 
 def _of_attention(found: Attention) -> str:

@@ -20,7 +20,8 @@ from passes.solve.problem import INFINITY, Costs, Problem
 
 # A solve without a budget stops when the gap is small for the units spent, or at long last anyway.
 _GOOD = ((1.0, 1e-4), (2.0, 1e-3), (3.0, 2e-3), (6.0, 5e-3), (12.0, 2e-2))
-# At last: so many units for every edge, but not less than the first and no more than the second.
+# At last: so many units for every edge, but not less than the first and no more than the second. An
+# MLP of 59 edges at its memory limit found nothing better in 20 units than in 6.
 _PER_EDGE = 0.1
 _LEAST_WORK, _MOST_WORK = 6.0, 20.0
 

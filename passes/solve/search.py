@@ -33,7 +33,8 @@ _LOOK_HARD = Budget(5e7, 4e6)
 # Caps of mini-bucket tables, one a look. Which one cuts the buckets at harmless places is luck, and
 # the same luck in every repeated layer: trying several is cheap.
 _CAPS = (1e5, 1e6, 1e4, 3e5, 2e4, 7e3)
-# Passes of messages at the best prices: tens of them, while each ten close this part of the gap.
+# Passes of messages at the best prices: tens of them, while each ten close this part of the gap. Of
+# 0.8, 1.5 and 3 %, GPT-2 on 2 x 2 x 2 devices came to a gap of 0.1 % first with the first two.
 _TENS, _PART = 20, 0.015
 _NEAR = 4000.0  # pairs of the first neighbourhood
 
