@@ -18,7 +18,9 @@ from autoshard.report import hint_text
 from autoshard.report_costs import moves_table
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes, format_seconds
-from passes.assemble import Held, changes, held, memory, moves_of, op_strategies, value_axes
+from passes.answer import changes, op_strategies, value_axes
+from passes.assemble import moves_of
+from passes.held import Held, held, memory
 from passes.hints import HintError, match, named, nearest, path_of
 from passes.ir.graph import Graph, Hint, short_dtype
 from passes.ir.plan import Axes, Cost, Plan, TensorPlan

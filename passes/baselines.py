@@ -21,7 +21,7 @@ from passes.decisions import DimMap
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import BROADCAST
-from passes.price import Priced
+from passes.priced import Priced
 from passes.propagate import Wiring, propagate
 from passes.solve.problem import INFINITY, Costs
 from passes.strategies import Axes

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from passes.ir.graph import Graph, Op
 from passes.ir.plan import Axes, Reshard
 from passes.ir.sharding import BROADCAST, PARTIAL
-from passes.price import Priced
+from passes.priced import Priced
 from passes.reshard import path
 from passes.strategies import Strategy, divides
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes
 from passes.anchors import anchors
-from passes.assemble import cost_of
 from passes.baselines import BASELINES, baseline
 from passes.decisions import Decisions
 from passes.fusion import Fusion
@@ -18,7 +17,9 @@ from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative
 from passes.liveness import Liveness
 from passes.meshes import axes_of
-from passes.price import Priced, price
+from passes.plan_cost import cost_of
+from passes.price import price
+from passes.priced import Priced
 from passes.propagate import Wiring
 from passes.repeats import repeats
 from passes.reshard_table import PICO

@@ -13,16 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from passes.assemble import (
-    changes,
-    cost_of,
-    held,
-    held_changes,
-    memory,
-    op_strategies,
-    value_axes,
-)
-from passes.price import Priced
+from passes.answer import changes, op_strategies, value_axes
+from passes.held import held, held_changes, memory
+from passes.plan_cost import cost_of
+from passes.priced import Priced
 from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Problem, Solution, Use
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from passes.assemble import cost_of
 from passes.entries import Entry, Setting, enter, price_on
 from passes.fitting import fixed, solve_within
 from passes.hints import HintError
 from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Cost
-from passes.price import Priced
+from passes.plan_cost import cost_of
+from passes.priced import Priced
 from passes.propagate import wire
 from passes.reshard_table import PICO
 from passes.shortage import shortage_text

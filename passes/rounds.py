@@ -17,7 +17,7 @@ from passes.entries import Progress, Setting
 from passes.hands import Answer, Elsewhere, Given, Here, Promise, hand
 from passes.ir.mesh import Mesh
 from passes.meshes import natural_meshes
-from passes.price import Priced
+from passes.priced import Priced
 
 _HANDS = 2
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes
-from passes.assemble import assemble, cost_of
+from passes.assemble import assemble
 from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES
 from passes.batch import find_batch
@@ -32,7 +32,8 @@ from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Plan
 from passes.liveness import liveness
 from passes.meshes import axes_of, candidate_meshes, names_of, natural_meshes
-from passes.price import HintUnmet, Priced
+from passes.plan_cost import cost_of
+from passes.priced import HintUnmet, Priced
 from passes.reshard_table import PICO
 from passes.rounds import Searched, search_all
 from passes.solve.problem import Solution

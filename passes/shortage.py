@@ -11,7 +11,7 @@ import math
 
 from cost_models.units import format_bytes
 from passes.decisions import Group
-from passes.price import Priced, label_of
+from passes.priced import Priced, label_of
 from passes.solve.problem import Shortage
 from passes.strategies import Axes, value_choices
 from passes.worth import moment

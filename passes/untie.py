@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from passes.assemble import op_strategies, value_axes
-from passes.price import Priced
+from passes.answer import op_strategies, value_axes
+from passes.priced import Priced
 
 
 def carried_over(alike: Priced, choice: Sequence[int], free: Priced) -> list[int]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from passes.assemble import Change, changes, cost_of, op_strategies, value_axes
+from passes.answer import Change, changes, op_strategies, value_axes
 from passes.fitting import solve_within
 from passes.ir.graph import Hint
 from passes.ir.plan import Axes, Cost
-from passes.price import Priced, price
+from passes.plan_cost import cost_of
+from passes.price import price
+from passes.priced import Priced
 from passes.search import Found
 from passes.solve.ilp import solve
 from passes.solve.problem import INFINITY, Costs, Node, Problem

@@ -11,7 +11,7 @@ import math
 
 from cost_models.units import format_bytes, format_seconds
 from passes.ir.text import line_text
-from passes.price import Priced
+from passes.priced import Priced
 from passes.reshard_table import PICO
 from passes.solve.problem import Solution
 

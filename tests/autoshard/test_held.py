@@ -12,7 +12,8 @@ import pytest
 import autoshard
 from autoshard.state import state_pairs
 from autoshard.trace import trace
-from passes.assemble import Held, held, read_back
+from passes.answer import read_back
+from passes.held import Held, held
 from passes.search import Found, search
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import autoshard
-from passes.assemble import cost_of
 from passes.fitting import copies, with_copies
+from passes.plan_cost import cost_of
 from passes.solve.ilp import solve
 
 MIB = 2**20

@@ -27,7 +27,8 @@ from passes.fusion import fuse
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
-from passes.price import Priced, price
+from passes.price import price
+from passes.priced import Priced
 from passes.solve.problem import INFINITY
 
 pytestmark = pytest.mark.slow

@@ -26,7 +26,8 @@ from passes.fusion import fuse
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
-from passes.price import Priced, price
+from passes.price import price
+from passes.priced import Priced
 from passes.solve.problem import INFINITY
 
 MESH = Mesh(("a", "b", "c"), (2, 2, 2))

@@ -19,7 +19,6 @@ import autoshard
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
 from passes import repeats, rounds, search
-from passes.assemble import cost_of
 from passes.compiler import scheduler
 from passes.decisions import decide
 from passes.entries import Setting, layers_alike, price_on
@@ -27,7 +26,8 @@ from passes.fusion import fuse
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
-from passes.price import Priced
+from passes.plan_cost import cost_of
+from passes.priced import Priced
 from passes.reshard_table import PICO
 from passes.solve.ilp import solve
 from passes.untie import carried_over

@@ -29,14 +29,16 @@ from autoshard.api import Plan, _traced
 from autoshard.same_numbers import difference
 from autoshard.state import state_pairs
 from autoshard.trace import Traced
-from passes.assemble import assemble, cost_of
+from passes.assemble import assemble
 from passes.baselines import BASELINES
 from passes.decisions import decide
 from passes.fitting import fixed
 from passes.fusion import fuse
 from passes.ir.mesh import Mesh
 from passes.liveness import liveness
-from passes.price import Priced, price
+from passes.plan_cost import cost_of
+from passes.price import price
+from passes.priced import Priced
 from passes.solve.problem import INFINITY
 
 MESHES = ({"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 2, "c": 2})

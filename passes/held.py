@@ -1,0 +1,199 @@
+"""What lies in memory when?  Bytes per device at each step, with every resharded copy.
+
+The problem leaves resharded copies out, and what values lend one another; here all of it is counted
+for one choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from passes.answer import Change
+from passes.compiler import sums_whole
+from passes.ir.graph import LOOPS, Graph, Op
+from passes.ir.plan import Axes
+from passes.ir.sharding import PARTIAL, Sharding
+from passes.lent import Span, lent
+from passes.op_cost import NEAR
+from passes.priced import Priced
+from passes.relaid import copy_bytes
+from passes.tile_padding import padded
+from passes.vmem import in_vmem
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes on every device for a value, or for a resharded copy of it, over [begin, end)."""
+
+    begin: int
+    end: int
+    nbytes: float
+    value: int
+    axes: Axes
+    copy: bool
+
+
+def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> Iterator[Held]:
+    """All that lies in memory: every value, and resharded copies where they live.
+
+    A result that is made otherwise than it is kept lies there twice, such as summands.
+    """
+    graph, live, parts = priced.graph, priced.live, priced.fusion.parts
+    for value in graph.values:
+        begin, end = live.spans[value.id]
+        if begin < end:
+            axes = values[value.id]
+            size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
+            size *= parts.get(value.id, 1)
+            yield Held(begin, end, size, value.id, axes, False)
+    for v, (begin, end) in priced.copied.items():
+        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
+        if size:
+            yield Held(begin, end, size, v, values[v], True)
+    for _, copy in held_changes(priced, changed):
+        yield copy
+
+
+def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
+    """What lies in memory for each reshard: its copy, or the summands it sums."""
+    live = priced.live
+    last: dict[tuple[int, int], int] = {}
+    for (op, k), copy in priced.copies.items():
+        key = copy, priced.graph.ops[op].inputs[k]
+        last[key] = max(last.get(key, 0), live.when[op])
+    for c in changed:
+        sent = any(m.kind != "slice" for m in c.moves)
+        begin = live.when[c.op]
+        if c.side == "result" or not (sent or live.stored[c.value]):
+            continue
+        end = last[c.shared, c.value] if c.side == "copy" else begin
+        size = lying_bytes(c.value, c.nbytes, c.target, priced)
+        yield c, Held(begin, end + 1, size, c.value, c.target, True)
+    yield from _summands(priced, changed)
+
+
+def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
+    """Results that lie there as they are made, too.
+
+    Not where a TPU hands them on in its VMEM. But those of what a loop stacks up, as of gradients,
+    it keeps to the end of the loop's body (steps of LLaMA for v5e:4x4), and those that wait for a
+    loop to end it keeps whole until they are read, or sums them whole (the gradient of the head in
+    steps of GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu 0.0.42.1).
+    """
+    graph, live = priced.graph, priced.live
+    fitted = priced.cluster.chip.fitted
+    near = 0.0 if fitted is None else NEAR * fitted.vmem
+    stacked = frozenset[int]() if fitted is None else _stacked(graph)
+    whole, consumers = sums_whole(priced.cluster.platform), graph.consumers()
+    loops = [live.when[r.begin] for r in graph.regions if r.kind in LOOPS and r.begin < r.end]
+    for c in changed:
+        if c.side != "result" or all(m.kind == "slice" for m in c.moves):
+            continue
+        begin = live.when[c.op]
+        end = begin + 1
+        if c.value in stacked:
+            loop = graph.innermost(graph.ops[c.op].region, LOOPS)
+            end = max(end, live.when[graph.regions[loop].end - 1])
+        elif whole and PARTIAL in c.source and not graph.ops[c.op].region:
+            last = _last_read(priced, c.value, consumers)
+            end = last if any(begin < loop < last for loop in loops) else end
+        size = lying_bytes(c.value, c.nbytes, c.source, priced)
+        if size > near or c.value in stacked:
+            yield c, Held(begin, end, size, c.value, c.source, True)
+
+
+def _stacked(graph: Graph) -> frozenset[int]:
+    """Values that are only stacked up by their loop, perhaps computed on element by element."""
+    out: set[int] = set()
+    readers = graph.consumers()
+    for v in range(len(graph.values) - 1, -1, -1):
+        if readers[v] and all(_stacks(graph.ops[c], k, out) for c, k in readers[v]):
+            out.add(v)
+    return frozenset(out)
+
+
+def _stacks(op: Op, operand: int, stacked: set[int]) -> bool:
+    """Whether it stacks up what it reads, or makes what is only stacked up of it."""
+    if op.name == "region_exit":
+        return op.outputs[operand] in stacked
+    return op.name == "scan_stack" or (op.rule.fuses and stacked.issuperset(op.outputs))
+
+
+def _last_read(priced: Priced, value: int, consumers: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """One past the last read of a value, or of what is computed from it in one kernel."""
+    graph, live = priced.graph, priced.live
+    last, made, seen = 0, [value], {value}
+    while made:
+        v = made.pop()
+        if live.stored[v]:
+            last = max(last, live.spans[v][1])
+            continue
+        readers = (graph.ops[o] for o, _ in consumers[v])
+        new = {u for op in readers if not op.is_link for u in op.outputs} - seen
+        made += new
+        seen |= new
+    return last
+
+
+def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:
+    """Bytes per device at each step of the program: of its HBM, without what lies in VMEM."""
+    change = np.zeros(priced.live.steps + 1)
+    inside = _lent(priced, found) if priced.cluster.platform == "gpu" else frozenset[int]()
+    for k, h in enumerate(found):
+        if k in inside:
+            continue
+        change[h.begin] += h.nbytes
+        change[h.end] -= h.nbytes
+    return np.cumsum(change) - _in_vmem(priced, found)
+
+
+def _in_vmem(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64] | float:
+    """Bytes of what is made, or copied, and needs no HBM, at each step; 0 but on a TPU."""
+    fitted = priced.cluster.chip.fitted
+    if fitted is None:
+        return 0.0
+    makers, results = priced.graph.producers(), set(priced.graph.outputs)
+    made = (h for h in found if (h.copy or makers[h.value] >= 0) and h.value not in results)
+    spans = (Span(h.begin, h.end, h.nbytes) for h in made)
+    return in_vmem(spans, priced.live.steps + 1, fitted.vmem)
+
+
+def _lent(priced: Priced, found: Sequence[Held]) -> frozenset[int]:
+    """Places of what lies in the memory of results that are not there yet."""
+    graph, live = priced.graph, priced.live
+    makers, results = graph.producers(), set(graph.outputs)
+    idle, needed, places = list[Span](), list[Span](), list[int]()
+    for k, h in enumerate(found):
+        maker = makers[h.value]
+        if h.value in results and h.begin == 0 and maker >= 0 and not h.copy:
+            begin = graph.regions[graph.ops[maker].region].begin  # a stack: its loop's first step
+            stack = graph.ops[maker].name == "scan_stack"
+            idle.append(Span(0, live.when[begin if stack else maker], h.nbytes))
+        elif h.value not in results and maker >= 0:
+            needed.append(Span(h.begin, h.end, h.nbytes))
+            places.append(k)
+    return frozenset(places[i] for i in lent(idle, needed))
+
+
+def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> float:
+    """Bytes per device at the fullest moment, resharded copies counted where they live."""
+    return float(memory(priced, list(held(priced, values, changed))).max(initial=0.0))
+
+
+def local_bytes(nbytes: float, axes: Axes, priced: Priced) -> float:
+    """Bytes one device holds of a value with this sharding."""
+    return math.ceil(nbytes / Sharding(axes).shards(priced.mesh.sizes))
+
+
+def lying_bytes(v: int, nbytes: float, axes: Axes, priced: Priced) -> float:
+    """Bytes that a value, or a copy of it, takes in one device's memory: on TPU in whole tiles."""
+    size = local_bytes(nbytes, axes, priced)
+    if priced.cluster.platform != "tpu":
+        return size
+    shape = Sharding(axes).local_shape(priced.graph.values[v].shape, priced.mesh.sizes)
+    return size * padded(shape, priced.fusion.outer[v])
