@@ -29,6 +29,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "passes.rules": ("passes.ir", "passes.rules", "numpy"),
     # Problem -> Solution: the solver knows no graph, no mesh and no cluster.
     "passes.solve": ("passes.solve", "numpy", "networkx", "numba", "ortools"),
+    # Tables of tasks and their times: they know no graph, no mesh and no cluster.
+    "passes.pipeline": ("passes.pipeline", "numpy", "ortools"),
     "passes": ("passes", "cost_models", "numpy", "networkx"),
     "autoshard": ("autoshard", "passes", "cost_models", "numpy", "jax"),
     # The only two that may look into jax's compiler bindings.
