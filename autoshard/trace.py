@@ -49,7 +49,8 @@ class Traced:
     jaxpr: the closed jaxpr. in_tree, out_tree: pytree structures of (args, kwargs) and of the
     result. in_avals: flat avals. donated: per flat argument. required_mesh: axis sizes that a
     `shard_map` inside demands, or None. same: paths of equations left out of the graph because the
-    equation at another path computes the same.
+    equation at another path computes the same. deciders: by the path of a branch or a while loop,
+    the value that decides it.
     """
 
     graph: Graph
@@ -60,6 +61,7 @@ class Traced:
     donated: tuple[bool, ...]
     required_mesh: Mapping[str, int] | None
     same: Mapping[Path, Path] = field(default_factory=dict)
+    deciders: Mapping[Path, int] = field(default_factory=dict)
 
 
 def trace(
@@ -121,6 +123,7 @@ def trace(
         tuple(v.aval for v in jaxpr.invars),
         donated,
         builder.required_mesh,
+        deciders=builder.deciders,
     )
 
 
@@ -164,6 +167,7 @@ class _Builder:
         self.hints: list[Hint] = []
         self.notes: list[str] = []
         self.required_mesh: Mapping[str, int] | None = None
+        self.deciders: dict[Path, int] = {}
         self._rules: dict[Any, tuple[Rule, str]] = {}
         self._caller = ""  # where the call stands whose body is being walked
         self._literals: dict[Any, int] = {}
@@ -391,7 +395,9 @@ class _Builder:
             scope.update(zip(inner.invars, [*first, *carry], strict=True))
             span = self.open_region(region, kind, 1.0)  # type: ignore[arg-type]
             self.body(eqn, inner, scope, (*path, "cond" if inner is cond else "body"), span)
-            if inner is body:
+            if inner is cond:
+                self.deciders[path] = self.read(inner.outvars[0], scope)
+            else:
                 for k, (var, result) in enumerate(zip(eqn.outvars, inner.outvars, strict=True)):
                     made = self.read(result, scope)
                     at = (*path, "out", k)
@@ -401,7 +407,8 @@ class _Builder:
     def _cond(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
         source = source_of(eqn.source_info, self._caller)
         branches = eqn.params["branches"]
-        operands = [self.read(v, env) for v in eqn.invars[1:]]
+        index, *operands = [self.read(v, env) for v in eqn.invars]
+        self.deciders[path] = index
         results: list[list[int]] = []
         for b, branch in enumerate(branches):
             inner, _ = open_jaxpr(branch)

@@ -1,0 +1,240 @@
+"""From a function to one that does the same in microbatches: `in_microbatches(traced, loop)`.
+
+The new function computes what is the same for all steps, runs a `lax.scan` over the steps, each on
+its part of the batch, and then what only the whole loop tells (`passes.time_loop`). It takes and
+gives what the traced one does, and is traced, planned and lowered like any other.
+
+Sums over the steps are carried through the scan, those of short floats as float32. Parts that are
+needed whole are stacked up and put together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from autoshard.jax_compat import Literal, open_jaxpr, traced_at
+from autoshard.step import Step, parts_of, whole_of
+from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
+from passes.ir.graph import Op
+from passes.time_axis import LATE, PARTIAL, WHOLE, Split, View
+from passes.time_loop import TimeLoop
+
+
+def in_microbatches(traced: Traced, loop: TimeLoop) -> Callable[..., list[Any]]:
+    """The function over flat arguments, in steps. traced: of which `loop` is the loop."""
+    program = _Program(traced, loop)
+
+    def run(*flat: Any) -> list[Any]:
+        return program.run(flat)
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """One equation of the outermost level, calls inlined; places number the values of all of them.
+
+    ins: places, or Literals. eqn None: a barrier, which keeps XLA from merging what is computed
+    again with what was computed first.
+    """
+
+    eqn: Any
+    path: Path
+    ins: tuple[Any, ...]
+    outs: tuple[int, ...]
+    phase: str
+
+
+class _Program:
+    """A traced function as a list of equations, with their phases, and how it runs."""
+
+    def __init__(self, traced: Traced, loop: TimeLoop) -> None:
+        self.loop, self.steps = loop, loop.steps
+        self.ops: Mapping[Path, Op] = loop.by_path
+        self.equations: list[_Equation] = []
+        self.views: list[View] = []  # by place
+        self.avals: list[Any] = []  # of the whole value, by place
+        self.consts: dict[int, Any] = {}
+        jaxpr, consts = open_jaxpr(traced.jaxpr)
+        scope: dict[Any, Any] = {}
+        for var, v in zip(jaxpr.invars, loop.graph.inputs, strict=True):
+            scope[var] = self.place(loop.views[v], var.aval)
+        self.inputs = [scope[var] for var in jaxpr.invars]
+        self.add_consts(jaxpr, consts, scope)
+        self.flatten(jaxpr, scope, ())
+        self.outputs = [_place(v, scope) for v in jaxpr.outvars]
+
+    # equations
+
+    def place(self, view: View, aval: Any) -> int:
+        self.views.append(view)
+        self.avals.append(aval)
+        return len(self.views) - 1
+
+    def add_consts(self, jaxpr: Any, consts: Sequence[Any], scope: dict[Any, Any]) -> None:
+        for var, value in zip(jaxpr.constvars, consts, strict=True):
+            scope[var] = self.place(WHOLE, var.aval)
+            self.consts[scope[var]] = value
+
+    def flatten(self, jaxpr: Any, scope: dict[Any, Any], path: Path) -> None:
+        for i, eqn in enumerate(jaxpr.eqns):
+            here, name = (*path, i), eqn.primitive.name
+            ins = tuple(_place(v, scope) for v in eqn.invars)
+            if name in INLINED or name in REMAT or name == "custom_linear_solve":
+                body = eqn.params.get(INLINED.get(name, "jaxpr"))
+                if name == "custom_linear_solve":
+                    body, solved = solve_part(eqn, ins)
+                    ins = tuple(solved)
+                elif name in REMAT and eqn.params.get("differentiated"):
+                    ins = self.barrier(ins, here)
+                inner, consts = open_jaxpr(body)
+                within: dict[Any, Any] = dict(zip(inner.invars, ins, strict=True))
+                self.add_consts(inner, consts, within)
+                self.flatten(inner, within, here)
+                for var, result in zip(eqn.outvars, inner.outvars, strict=True):
+                    scope[var] = _place(result, within)
+                continue
+            views = self.result_views(eqn, here)
+            outs = tuple(self.place(w, v.aval) for w, v in zip(views, eqn.outvars, strict=True))
+            scope.update(zip(eqn.outvars, outs, strict=True))
+            self.equations.append(_Equation(eqn, here, ins, outs, self.loop.phases[here]))
+
+    def barrier(self, ins: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
+        """New places for what lives in the loop; what is there before or after it stays."""
+        live = [p for p in ins if isinstance(p, int) and self.views[p] not in (WHOLE, LATE)]
+        new = {p: len(self.views) + k for k, p in enumerate(dict.fromkeys(live))}
+        self.views += [self.views[p] for p in new]
+        self.avals += [self.avals[p] for p in new]
+        if new:
+            self.equations.append(_Equation(None, path, tuple(new), tuple(new.values()), "loop"))
+        return tuple(new.get(p, p) if isinstance(p, int) else p for p in ins)
+
+    def result_views(self, eqn: Any, path: Path) -> list[View]:
+        op = self.ops.get(path)
+        if op is not None:
+            return [self.loop.views[v] for v in op.outputs]
+        links = [self.ops[(*path, "out", k)] for k in range(len(eqn.outvars))]
+        return [self.loop.views[link.outputs[0]] for link in links]
+
+    # the run
+
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        env: dict[int, Any] = {**self.consts, **dict(zip(self.inputs, flat, strict=True))}
+        self.outside(env, "before")
+        self.in_steps(env)
+        self.outside(env, "after")
+        return [p.val if isinstance(p, Literal) else env[p] for p in self.outputs]
+
+    def outside(self, env: dict[int, Any], phase: str) -> None:
+        """The equations before the loop, or after it, on whole values."""
+        whole = Step(self.loop, None)
+        for e in self.equations:
+            if e.phase == phase:
+                operands = [p.val if isinstance(p, Literal) else env[p] for p in e.ins]
+                with traced_at(e.eqn):
+                    env.update(zip(e.outs, whole.whole(e.eqn, operands), strict=True))
+
+    def in_steps(self, env: dict[int, Any]) -> None:
+        """The loop: what it takes apart, what it adds up, and what it puts together."""
+        inside = [e for e in self.equations if e.phase == "loop"]
+        parts = self.parts(inside)
+        made = {p for e in inside for p in e.outs}
+        kept = [p for p in self.needed_after() if p in made]
+        sums = [p for p in kept if not isinstance(self.views[p], Split)]
+        stacks = [p for p in kept if isinstance(self.views[p], Split)]
+
+        def body(carry: Any, sliced: Any) -> Any:
+            time, *held = carry
+            local = self.one_step(inside, env, dict(zip(parts, sliced, strict=True)), time)
+            summed = [
+                x + local[p].astype(x.dtype) if self.views[p] is PARTIAL else local[p]
+                for p, x in zip(sums, held, strict=True)
+            ]
+            return (time + 1, *summed), [local[p] for p in stacks]
+
+        xs = [parts_of(env[p], part, self.steps) for p, part in parts]
+        start = [jnp.zeros(self.avals[p].shape, _wide(self.avals[p].dtype)) for p in sums]
+        held, stacked = lax.scan(body, (jnp.int32(0), *start), xs, length=self.steps)
+        for p, x in zip(sums, held[1:], strict=True):
+            env[p] = x.astype(self.avals[p].dtype)
+        for p, x in zip(stacks, stacked, strict=True):
+            view = self.views[p]
+            assert isinstance(view, Split)
+            env[p] = whole_of(x, view, self.avals[p].shape)
+
+    def parts(self, inside: Sequence[_Equation]) -> list[tuple[int, Split]]:
+        """What of the values outside the loop each step takes a part of."""
+        made = {p for e in inside for p in e.outs}
+        out: dict[tuple[int, Split], None] = {}
+        for e in inside:
+            for k, p in enumerate(e.ins):
+                part = self.part(e, k)
+                if isinstance(p, int) and p not in made and part is not None:
+                    out[p, part] = None
+        return list(out)
+
+    def part(self, e: _Equation, k: int) -> Split | None:
+        """The part that an equation takes of an operand; None for all of it."""
+        p = e.ins[k]
+        if isinstance(p, int) and isinstance(view := self.views[p], Split):
+            return view
+        op = self.ops.get(e.path)
+        if op is not None:
+            return self.loop.cut.get((op.id, k))
+        link = self.ops.get((*e.path, "in", k))
+        return None if link is None else self.loop.cut.get((link.id, 0))
+
+    def one_step(
+        self,
+        inside: Sequence[_Equation],
+        env: Mapping[int, Any],
+        parts: Mapping[tuple[int, Split], Any],
+        time: Any,
+    ) -> dict[int, Any]:
+        """All values that a step makes."""
+        step, local = Step(self.loop, time), dict[int, Any]()
+        for e in inside:
+            operands = [self.operand(e, k, env, parts, local) for k in range(len(e.ins))]
+            if e.eqn is None:
+                outs = list(lax.optimization_barrier(tuple(operands)))
+            else:
+                with traced_at(e.eqn):
+                    outs = step.equation(e.eqn, operands, e.path)
+            local.update(zip(e.outs, outs, strict=True))
+        return local
+
+    def operand(
+        self,
+        e: _Equation,
+        k: int,
+        env: Mapping[int, Any],
+        parts: Mapping[tuple[int, Split], Any],
+        local: Mapping[int, Any],
+    ) -> Any:
+        p = e.ins[k]
+        if isinstance(p, Literal):
+            return p.val
+        if p in local:
+            return local[p]
+        part = self.part(e, k)
+        return env[p] if part is None else parts[p, part]
+
+    def needed_after(self) -> list[int]:
+        """Places that equations after the loop read, or that are results."""
+        out = [p for e in self.equations if e.phase == "after" for p in e.ins]
+        return list(dict.fromkeys(p for p in (*out, *self.outputs) if isinstance(p, int)))
+
+
+def _place(atom: Any, scope: Mapping[Any, Any]) -> Any:
+    return atom if isinstance(atom, Literal) else scope[atom]
+
+
+def _wide(dtype: Any) -> Any:
+    """The type in which to add up: float32 for shorter floats."""
+    short = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return jnp.float32 if short else dtype

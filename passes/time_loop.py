@@ -1,0 +1,502 @@
+"""Which part of a program can run in steps?  `time_loop(graph, seeds, steps) -> TimeLoop`.
+
+Inputs are split over the steps of a loop (`passes.time_axis`), and the program is followed in its
+order. Each equation of its outermost level is one of
+
+  before   the same for all steps: computed once, ahead of the loop
+  loop     of what is split: computed in parts, one in each step
+  after    of what only the whole loop tells: of sums over all steps (the optimizer's update,
+           clipping by the global norm), or of parts put together again
+
+Loop bodies and branches go where their equation goes. What is split and is needed whole by what is
+split, too, *couples* the steps: a batch norm's mean, say. Such an equation, and all that depends on
+it, comes after the loop, which is right, but keeps what the loop was to spare. Where what couples
+is cheap (how many labels count), it is computed ahead of the loop, of the whole input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from passes.ir.graph import LOOPS, Graph, Op
+from passes.time_axis import (
+    INSIDE,
+    LATE,
+    PARTIAL,
+    WHOLE,
+    OverTime,
+    Split,
+    View,
+    cut_to_make,
+    over_time,
+)
+
+Path = tuple[int | str, ...]
+
+_ROUNDS = 12  # until the views of a loop's carry agree; each may change once or twice
+_CHEAP = 0.01  # of all FLOPs, and of all bytes that are split: what may be computed ahead, whole
+_SMALL = 1 << 20  # bytes that are nothing, whatever the rest is
+# Primitives whose parts are not what their primitive makes of parts of the operands.
+_PLACED = frozenset({"ragged_dot_general", "custom_linear_solve", "shard_map"})
+_RANDOM = ("random_", "rng_", "threefry")
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """An operation that needs, beside a part, the whole of a value that the steps make together."""
+
+    op: int
+    value: int
+
+
+@dataclass(frozen=True)
+class TimeLoop:
+    """A program with a part that runs in steps.
+
+    views: what a step sees of each value. phases: by the path of each equation of the outermost
+    level "before", "loop" or "after". cut: operands, whole so far, of which an operation takes a
+    part, by (operation, operand). once: operands that count in the first step only (what a scatter
+    adds to). couplings: what keeps more from running in steps. ahead: operations computed ahead
+    because others need their whole result.
+    """
+
+    graph: Graph
+    steps: int
+    seeds: Mapping[int, Split]
+    views: tuple[View, ...]
+    phases: Mapping[Path, str]
+    cut: Mapping[tuple[int, int], Split]
+    once: frozenset[tuple[int, int]]
+    couplings: tuple[Coupling, ...]
+    ahead: tuple[int, ...]
+
+    @cached_property
+    def by_path(self) -> Mapping[Path, Op]:
+        """Every operation by its path."""
+        return {op.path: op for op in self.graph.ops}
+
+    @cached_property
+    def share(self) -> float:
+        """The part of the program's FLOPs that runs in steps."""
+        inside = total = 0.0
+        for op in self.graph.ops:
+            flops = op.rule.flops * self.graph.trips(op.region)
+            total += flops
+            if self.phases[unit_path(op)] == "loop":
+                inside += flops
+        return inside / total if total else 0.0
+
+
+def unit_path(op: Op) -> Path:
+    """The path of the outermost equation that an operation belongs to, calls inlined."""
+    for k, part in enumerate(op.path):
+        if isinstance(part, str):
+            return op.path[:k]
+    return op.path
+
+
+def time_loop(
+    graph: Graph,
+    seeds: Mapping[int, Split],
+    steps: int,
+    deciders: Mapping[Path, int] | None = None,
+) -> TimeLoop:
+    """The loop over time in which these inputs are split.
+
+    deciders: by the path of a branch or while loop, the value that decides it.
+    """
+    found = _Follow(graph, seeds, steps, deciders or {}, frozenset()).run()
+    tried: set[int] = set()
+    while True:
+        more = _cheap_wholes(found, tried)
+        if not more:
+            return found
+        tried |= more
+        found = _Follow(graph, seeds, steps, deciders or {}, frozenset(tried)).run()
+
+
+@dataclass
+class _Unit:
+    """The operations of one equation of the outermost level."""
+
+    path: Path
+    ops: list[Op] = field(default_factory=list)
+
+
+class _Follow:
+    """One walk through the program. ahead: operations computed whole, ahead of the loop."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        seeds: Mapping[int, Split],
+        steps: int,
+        deciders: Mapping[Path, int],
+        ahead: frozenset[int],
+    ) -> None:
+        self.graph, self.seeds, self.steps, self.deciders = graph, seeds, steps, deciders
+        self.ahead = ahead
+        self.views: list[View] = [WHOLE] * len(graph.values)
+        for v, view in seeds.items():
+            self.views[v] = view
+        self.phases: dict[Path, str] = {}
+        self.cut: dict[tuple[int, int], Split] = {}
+        self.once: set[tuple[int, int]] = set()
+        self.couplings: list[Coupling] = []
+        self.zeros = _zeros(graph)
+        self.entries = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == "loop_enter"}
+        self.first_round = False
+        self.carries = dict(graph.ties)  # a loop's carry -> what the next round gets
+        self.made_by = graph.producers()
+
+    def run(self) -> TimeLoop:
+        units = list(_units(self.graph))
+        for unit in units:
+            self.phases[unit.path] = self.phase(unit)
+        self.sink(units)
+        return TimeLoop(
+            self.graph,
+            self.steps,
+            self.seeds,
+            tuple(self.views),
+            self.phases,
+            self.cut,
+            frozenset(self.once),
+            tuple(self.couplings),
+            tuple(sorted(self.ahead)),
+        )
+
+    # phases
+
+    def phase(self, unit: _Unit) -> str:
+        """Where one equation goes, and what becomes of its results."""
+        outer = self.outer(unit)
+        views = [self.views[v] for v in outer]
+        if unit.ops[0].id in self.ahead:
+            return self.all_are(unit, WHOLE, "before")
+        if all(v is WHOLE for v in views):
+            return self.all_are(unit, WHOLE, "before")
+        if LATE in views:
+            self.note_coupling(unit, outer)
+            return self.all_are(unit, LATE, "after")
+        if not self.in_loop(unit) or self.better_after(unit):
+            if any(isinstance(v, Split) for v in views):
+                self.note_coupling(unit, outer)
+            return self.all_are(unit, LATE, "after")
+        return "loop"
+
+    def outer(self, unit: _Unit) -> list[int]:
+        """The values that an equation takes from outside."""
+        made = {v for op in unit.ops for v in op.outputs}
+        out = {v: None for op in unit.ops for v in op.inputs if v not in made}
+        for op in unit.ops:
+            for path, v in self.deciding(op):
+                if path == unit.path and v not in made:
+                    out[v] = None
+        return list(out)
+
+    def deciding(self, op: Op) -> Iterator[tuple[Path, int]]:
+        """The values that decide whether an operation runs, innermost equation last."""
+        for k, part in enumerate(op.path):
+            if isinstance(part, str) and op.path[:k] in self.deciders:
+                yield op.path[:k], self.deciders[op.path[:k]]
+
+    def all_are(self, unit: _Unit, view: View, phase: str) -> str:
+        for op in unit.ops:
+            for k in range(len(op.inputs)):
+                self.cut.pop((op.id, k), None)
+                self.once.discard((op.id, k))
+            for v in op.outputs:
+                self.views[v] = view
+        return phase
+
+    def better_after(self, unit: _Unit) -> bool:
+        """Whether an operation on sums is cheaper once they are complete."""
+        views = [self.views[v] for op in unit.ops for v in op.inputs]
+        if len(unit.ops) > 1 or any(isinstance(v, Split) for v in views) or PARTIAL not in views:
+            return False
+        (op,) = unit.ops
+        sums = {v for v in op.inputs if self.views[v] is PARTIAL}
+        types = self.graph.values
+        before = sum(types[v].type.size for v in sums)
+        return sum(types[v].type.size for v in op.outputs) >= before
+
+    def note_coupling(self, unit: _Unit, outer: Sequence[int]) -> None:
+        """Remember the first value for which a part has to wait."""
+        parts = [v for v in outer if isinstance(self.views[v], Split)]
+        sums = [v for v in outer if self.views[v] in (LATE, PARTIAL)]
+        if parts:
+            self.couplings.append(Coupling(unit.ops[0].id, (sums or parts)[0]))
+
+    # operations inside the loop
+
+    def in_loop(self, unit: _Unit) -> bool:
+        """Follow the operations of an equation; whether all of them can run in steps."""
+        for op in unit.ops:
+            for v in op.outputs:
+                self.views[v] = WHOLE
+        entered: dict[int, View] = {}
+        for k in range(_ROUNDS):
+            before, self.first_round = dict(entered), k == 0
+            if not all(self.follow(op, entered) for op in unit.ops):
+                return False
+            if entered == before and k:
+                return True
+        return False
+
+    def is_zero(self, v: int) -> bool:
+        """Whether a value is zero; a loop's carry that begins as zero may turn out to be a sum."""
+        return v in self.zeros or (self.first_round and self.entries.get(v, -1) in self.zeros)
+
+    def follow(self, op: Op, entered: dict[int, View]) -> bool:
+        """One operation in the loop. entered: what has been found of the carries of inner loops."""
+        if op.effects or op.name in _PLACED:
+            return False
+        if any(self.views[v] not in (WHOLE, INSIDE) for _, v in self.deciding(op)):
+            return False
+        views = [self.views[v] for v in op.inputs]
+        if op.name == "branch_join" or (op.name == "loop_next" and views[0] is WHOLE):
+            return self.join(op, views, entered)
+        zeros = [k for k, v in enumerate(op.inputs) if self.is_zero(v)]
+        found = over_time(op.rule, views, self.steps, zeros)
+        if found is None or not self.plain(op, found, views):
+            return False
+        self.take(op, found)
+        if op.name == "loop_enter":
+            wanted = entered.get(op.outputs[0])
+            return wanted is None or self.enter(op, wanted)
+        if op.name == "loop_next":
+            return self.next_round(op, entered)
+        return True
+
+    def plain(self, op: Op, found: OverTime, views: Sequence[View]) -> bool:
+        """Whether parts of the operands make the parts of the results, by the same primitive."""
+        split = {k for k, _ in found.cut} | {k for k, v in enumerate(views) if isinstance(v, Split)}
+        if not split:
+            return True
+        if op.name == "dynamic_update_slice" and 0 in split:
+            return 1 in split
+        if op.name == "gather" and PARTIAL in found.results:
+            return False
+        if op.name.startswith("scatter") and PARTIAL in found.results:
+            if op.inputs[0] not in self.zeros:
+                self.once.add((op.id, 0))
+            return True
+        return True
+
+    def take(self, op: Op, found: OverTime) -> None:
+        for k in range(len(op.inputs)):
+            self.cut.pop((op.id, k), None)
+        for k, part in found.cut:
+            self.cut[op.id, k] = part
+        for v, view in zip(op.outputs, found.results, strict=True):
+            self.views[v] = view
+
+    def enter(self, op: Op, wanted: View) -> bool:
+        """A loop's carry that becomes split, or summands, in the course of it."""
+        have, v = self.views[op.outputs[0]], op.outputs[0]
+        if have == wanted:
+            return True
+        if have not in (WHOLE, INSIDE):
+            return False
+        if isinstance(wanted, Split):
+            self.cut[op.id, 0] = wanted
+        elif wanted is PARTIAL and op.inputs[0] not in self.zeros:
+            self.once.add((op.id, 0))
+        self.views[v] = wanted
+        return True
+
+    def next_round(self, op: Op, entered: dict[int, View]) -> bool:
+        """What the next round of a loop gets is seen as what this one got."""
+        carry = next(c for c, out in self.carries.items() if out == op.outputs[0])
+        have, made = self.views[carry], self.views[op.outputs[0]]
+        if have == made:
+            return True
+        if have in (WHOLE, INSIDE):
+            entered[carry] = made
+            self.views[carry] = made
+            return True
+        if made in (WHOLE, INSIDE) and isinstance(have, Split):
+            self.cut[op.id, 0] = have
+            self.views[op.outputs[0]] = have
+            return True
+        return False
+
+    def join(self, op: Op, views: Sequence[View], entered: dict[int, View]) -> bool:
+        """One of several values, all of which are seen in one way then."""
+        if op.name == "loop_next":
+            self.views[op.outputs[0]] = views[0]
+            return self.next_round(op, entered)
+        special = [v for v in views if v not in (WHOLE, INSIDE)]
+        wanted = special[0] if special else (INSIDE if INSIDE in views else WHOLE)
+        for k, view in enumerate(views):
+            if view == wanted or not special:
+                continue
+            if view in (WHOLE, INSIDE) and isinstance(wanted, Split):
+                self.cut[op.id, k] = wanted
+            elif not (wanted is PARTIAL and op.inputs[k] in self.zeros):
+                return False
+        if wanted is LATE:
+            return False
+        self.views[op.outputs[0]] = wanted
+        return True
+
+    # what is the same for all steps, but of which each needs a part only
+
+    def sink(self, units: Sequence[_Unit]) -> None:
+        """Make in the loop, part by part, what nobody needs as a whole: masks, zeros, masks' bits.
+
+        Last first, so that what they are made of follows.
+        """
+        readers = self.graph.consumers()
+        whole = {*self.graph.outputs, *self.deciders.values()}
+        for unit in reversed(units):
+            for op in reversed(unit.ops):
+                if self.can_sink(op) and whole.isdisjoint(op.outputs):
+                    self.sink_one(op, unit, readers)
+
+    def can_sink(self, op: Op) -> bool:
+        carries = op.is_link and (op.name != "loop_enter" or op.outputs[0] in self.carries)
+        if carries or op.effects or len(op.outputs) != 1 or op.id in self.ahead:
+            return False
+        outside = op.name in _PLACED or op.name.startswith(_RANDOM)
+        return not outside and self.views[op.outputs[0]] in (WHOLE, INSIDE)
+
+    def sink_one(self, op: Op, unit: _Unit, readers: Sequence[Sequence[tuple[int, int]]]) -> None:
+        v = op.outputs[0]
+        wanted = {self.cut.get(reader) for reader in readers[v]}
+        part = wanted.pop() if len(wanted) == 1 else None
+        if part is None or (op.name == "iota" and op.params.get("dimension") == part.dim):
+            return
+        found = cut_to_make(op.rule, 0, part, self.steps)
+        if found is None or not self.plain(op, found, [WHOLE] * len(op.inputs)):
+            return
+        self.take(op, found)
+        for reader in readers[v]:
+            del self.cut[reader]
+        if len(unit.ops) == 1 and not op.is_link:
+            self.phases[unit.path] = "loop"
+
+
+def _units(graph: Graph) -> Iterator[_Unit]:
+    current = _Unit(())
+    for op in graph.ops:
+        path = unit_path(op)
+        if path != current.path:
+            if current.ops:
+                yield current
+            current = _Unit(path)
+        current.ops.append(op)
+    if current.ops:
+        yield current
+
+
+def _zeros(graph: Graph) -> frozenset[int]:
+    """Values all of whose elements are known to be zero."""
+    out = {v.id for v in graph.values if v.kind == "literal" and _is_zero(v.name)}
+    same = ("broadcast_in_dim", "reshape", "convert_element_type", "copy")
+    for op in graph.ops:
+        if op.name in same and op.inputs and op.inputs[0] in out:
+            out.update(op.outputs)
+    return frozenset(out)
+
+
+def _is_zero(text: str) -> bool:
+    try:
+        return float(text) == 0.0
+    except ValueError:
+        return False
+
+
+def _cheap_wholes(found: TimeLoop, tried: Collection[int]) -> set[int]:
+    """Operations that a coupling waits for, where computing them ahead costs next to nothing."""
+    graph = found.graph
+    makers = graph.producers()
+    flops = sum(op.rule.flops * graph.trips(op.region) for op in graph.ops)
+    nbytes = sum(graph.values[v].type.nbytes for v, s in enumerate(found.views) if _apart(s))
+    for coupling in found.couplings:
+        needed = _made_of(found, coupling.value, makers)
+        if needed is None or needed <= set(tried):
+            continue
+        costs = sum(graph.ops[o].rule.flops for o in needed)
+        made = [v for o in needed for v in graph.ops[o].outputs if _apart(found.views[v])]
+        takes = sum(graph.values[v].type.nbytes for v in made)
+        if costs <= _CHEAP * flops and takes <= max(_SMALL, _CHEAP * nbytes):
+            return needed
+    return set()
+
+
+def _apart(view: View) -> bool:
+    return isinstance(view, Split)
+
+
+def _made_of(found: TimeLoop, value: int, makers: Sequence[int]) -> set[int] | None:
+    """All operations in or after the loop that a value is made of; None where a loop is one."""
+    graph, out, left = found.graph, set[int](), [value]
+    while left:
+        maker = makers[left.pop()]
+        if maker < 0 or maker in out:
+            continue
+        op = graph.ops[maker]
+        if found.phases[unit_path(op)] == "before":
+            continue
+        if op.is_link or any(graph.regions[r].kind in LOOPS for r in _around(graph, op)):
+            return None
+        out.add(maker)
+        left += op.inputs
+    return out
+
+
+def _around(graph: Graph, op: Op) -> Iterator[int]:
+    region = op.region
+    while region:
+        yield region
+        region = graph.regions[region].parent
+
+
+class NoTimeLoop(ValueError):
+    """A program that can not run in so many steps; the sentence says why, and what is nearest."""
+
+
+def microbatch_loop(
+    graph: Graph, batch: Sequence[int], steps: int, deciders: Mapping[Path, int] | None = None
+) -> TimeLoop:
+    """The loop in which each step takes a part of the batch.
+
+    batch: inputs whose leading dim it is (`passes.batch`). Raises NoTimeLoop where there is none,
+    where it does not divide, and where nothing runs in steps.
+    """
+    if not batch:
+        raise NoTimeLoop(
+            f"{graph.name} has no batch dimension: no leading dim of an input splits its operations"
+        )
+    sizes = {graph.values[v].shape[0] for v in batch}
+    if any(n % steps for n in sizes):
+        fit = [k for k in range(1, min(sizes) + 1) if all(n % k == 0 for n in sizes)]
+        near = min(fit, key=lambda k: (abs(k - steps), k))
+        names = ", ".join(graph.values[v].name or str(graph.values[v].type) for v in batch[:3])
+        raise NoTimeLoop(
+            f"a batch of {', '.join(map(str, sorted(sizes)))} ({names}) can not be cut into "
+            f"{steps} microbatches; the nearest number that divides it is {near}"
+        )
+    found = time_loop(graph, {v: Split(0, 1) for v in batch}, steps, deciders)
+    if not found.share:
+        why = f": {coupled(found, found.couplings[0])}" if found.couplings else ""
+        raise NoTimeLoop(f"nothing of {graph.name} can run in microbatches{why}")
+    return found
+
+
+def coupled(loop: TimeLoop, coupling: Coupling) -> str:
+    """A coupling in words."""
+    graph = loop.graph
+    op, value = graph.ops[coupling.op], graph.values[coupling.value]
+    maker = graph.producers()[value.id]
+    what = value.name or str(value.type)
+    if maker >= 0:
+        what += f" of {graph.ops[maker].name} at {graph.ops[maker].source or 'an unknown line'}"
+    return (
+        f"{op.name} at {op.source or 'an unknown line'} needs, for each part of the batch, what the "
+        f"whole batch makes: {what}"
+    )
