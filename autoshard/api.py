@@ -20,6 +20,7 @@ from autoshard.devices import cluster_here
 from autoshard.jit_options import check_arguments
 from autoshard.lower import constrained
 from autoshard.mesh import device_mesh, lowering_platform, partition_spec
+from autoshard.microbatches import batch_sizes, checked, fastest, in_microbatches
 from autoshard.parallelized import Parallelized
 from autoshard.placement import placed
 from autoshard.state import state_pairs
@@ -140,7 +141,7 @@ class Plan:
 
     def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         """The same plan for this function, which must be the one it was made for (PlanError)."""
-        traced = _traced(fn, args, kwargs, {})
+        traced = _traced(fn, args, kwargs, {}, self.data.microbatches)
         signature = ir.signature_of(traced.graph)
         if ir.fingerprint(signature) != self.data.fingerprint:
             found = "; ".join(ir.differences(self.data.signature, signature))
@@ -314,6 +315,7 @@ def plan(
     memory_limit: float | str | None = None,
     solver: str = "ilp",
     fused_attention: bool = False,
+    microbatches: int | str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan how to run fn(*args) on a cluster. Nothing is allocated, compiled or run.
@@ -323,14 +325,32 @@ def plan(
     PartitionSpec. memory_limit: bytes per device, or text such as "12GiB". solver: "ilp",
     "propagate", "dp", "fsdp", "tp" or "fsdp+tp". fused_attention: price attention as one kernel
     that never stores its scores, where a program that calls such a kernel is meant; XLA makes none
-    by itself. A parallelized fn brings its own hints, static and donated arguments.
+    by itself. microbatches: into how many parts the batch is cut, one after the other (gradient
+    accumulation: the same numbers in less memory); "auto" for the fastest number that fits. A
+    parallelized fn brings its own hints, static and donated arguments.
 
-    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, ValueError, TypeError.
+    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, NoTimeLoop, ValueError,
+    TypeError.
     """
     options = {} if donate_argnums == () else {"donate_argnums": donate_argnums}
-    return _plan(
-        fn, args, {}, options, cluster, mesh, hints, memory_limit, solver, fused_attention, progress
+    wishes = _Wishes(
+        cluster, mesh, hints, memory_limit, solver, fused_attention, microbatches, progress
     )
+    return _plan(fn, args, {}, options, wishes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What a user asks of a plan, as in `plan`."""
+
+    cluster: str | Cluster | None
+    mesh: Mapping[str, int] | None
+    hints: Hints | None
+    memory_limit: float | str | None
+    solver: str
+    fused_attention: bool
+    microbatches: int | str | None
+    progress: Progress | None
 
 
 @contextmanager
@@ -351,39 +371,54 @@ def _plan(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
-    cluster: str | Cluster | None,
-    mesh: Mapping[str, int] | None,
-    hints: Hints | None,
-    memory_limit: float | str | None,
-    solver: str,
-    fused_attention: bool,
-    progress: Progress | None,
+    wishes: _Wishes,
 ) -> Plan:
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; there are {', '.join(SOLVERS)}")
-    if hints is not None and not isinstance(hints, Mapping):
-        raise TypeError(f"hints is a mapping of globs to specs, not {type(hints).__name__}")
-    hardware = _cluster(cluster)
-    fixed = _mesh(mesh, hardware)
+    if wishes.solver not in SOLVERS:
+        raise ValueError(f"unknown solver {wishes.solver!r}; there are {', '.join(SOLVERS)}")
+    if wishes.hints is not None and not isinstance(wishes.hints, Mapping):
+        raise TypeError(f"hints is a mapping of globs to specs, not {type(wishes.hints).__name__}")
+    microbatches = checked(wishes.microbatches)
+    hardware = _cluster(wishes.cluster)
+    fixed = _mesh(wishes.mesh, hardware)
     with _no_collector():
         traced = _traced(fn, args, kwargs, jit_options)
-        graph = traced.graph
-        if traced.required_mesh is not None:
-            fixed = _manual_mesh(traced, fixed, hardware)
-        own = fn.hints if isinstance(fn, Parallelized) else {}
-        wanted = (*graph.hints, *hints_for(graph, {**own, **(hints or {})}))
-        limit = None if memory_limit is None else float(parse_bytes(memory_limit))
-        again = partial(
-            search,
-            graph,
-            hardware,
-            hints=wanted,
-            memory_limit=limit,
-            state=state_pairs(traced),
-            fused_attention=fused_attention,
-        )
-        found = again(mesh=fixed, solver=solver, progress=progress)
-        return Plan(found.plan, traced, found, again)
+
+        def in_parts(count: int) -> Plan:
+            cut = traced if count == 1 else _traced(fn, args, kwargs, jit_options, count)
+            return _search(fn, cut, hardware, fixed, wishes, count)
+
+        if isinstance(microbatches, str):
+            return fastest(in_parts, batch_sizes(traced), wishes.progress)
+        return in_parts(microbatches)
+
+
+def _search(
+    fn: Callable[..., Any],
+    traced: Traced,
+    hardware: Cluster,
+    fixed: Mesh | None,
+    wishes: _Wishes,
+    microbatches: int,
+) -> Plan:
+    """The plan for a traced function."""
+    graph = traced.graph
+    if traced.required_mesh is not None:
+        fixed = _manual_mesh(traced, fixed, hardware)
+    own = fn.hints if isinstance(fn, Parallelized) else {}
+    wanted = (*graph.hints, *hints_for(graph, {**own, **(wishes.hints or {})}))
+    limit = None if wishes.memory_limit is None else float(parse_bytes(wishes.memory_limit))
+    again = partial(
+        search,
+        graph,
+        hardware,
+        hints=wanted,
+        memory_limit=limit,
+        state=state_pairs(traced),
+        fused_attention=wishes.fused_attention,
+    )
+    found = again(mesh=fixed, solver=wishes.solver, progress=wishes.progress)
+    data = dataclasses.replace(found.plan, microbatches=microbatches)
+    return Plan(data, traced, found, again)
 
 
 def _cluster(spec: str | Cluster | None) -> Cluster:
@@ -425,12 +460,19 @@ def _traced(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
+    microbatches: int = 1,
 ) -> Traced:
+    """A function traced, one that does the same in microbatches where there are several."""
     if isinstance(fn, Parallelized):
         jit_options = {**fn.options, **jit_options}
         fn = fn.fn
     check_arguments(fn, args, kwargs, jit_options)
     traced = trace(fn, *args, **jit_options, **kwargs)
+    if microbatches > 1:
+        cut, notes = in_microbatches(fn, traced, microbatches, jit_options)
+        traced = trace(cut, *args, **jit_options, **kwargs)
+        noted = dataclasses.replace(traced.graph, notes=(*notes, *traced.graph.notes))
+        traced = dataclasses.replace(traced, graph=noted)
     graph, same = merge_same(traced.graph)
     return dataclasses.replace(traced, graph=drop_dead(graph), same=same)
 
@@ -455,6 +497,7 @@ def parallelize(
     memory_limit: float | str | None = None,
     solver: str = "ilp",
     fused_attention: bool = False,
+    microbatches: int | str | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Make fn run in parallel: `parallelize(fn, cluster=...)` or `@parallelize(cluster=...)`.
@@ -471,10 +514,10 @@ def parallelize(
     options = {name: given for name, given in named.items() if given not in (None, ())}
 
     def make(step: Parallelized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
-        return _plan(
-            step, args, kwargs, {}, cluster, mesh, hints, memory_limit, solver, fused_attention,
-            progress,
-        )  # fmt: skip
+        wishes = _Wishes(
+            cluster, mesh, hints, memory_limit, solver, fused_attention, microbatches, progress
+        )
+        return _plan(step, args, kwargs, {}, wishes)
 
     def wrap(fn: Callable[..., Any]) -> Parallelized:
         return Parallelized(fn, options, hints or {}, make)

@@ -48,6 +48,8 @@ def head(plan: Plan) -> list[str]:
     lines = [
         ("cluster", f"{cluster_name(plan)}, {devices} x {chip['name']}"),
         ("mesh", str(plan.mesh_axes)),
+        *[("batch", f"in {plan.microbatches} microbatches, one after the other")]
+        * (plan.microbatches > 1),
         (
             "step",
             f"{format_seconds(cost.step_time):>8}  {step}  {format_seconds(cost.compute_time)} "

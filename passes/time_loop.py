@@ -497,6 +497,6 @@ def coupled(loop: TimeLoop, coupling: Coupling) -> str:
     if maker >= 0:
         what += f" of {graph.ops[maker].name} at {graph.ops[maker].source or 'an unknown line'}"
     return (
-        f"{op.name} at {op.source or 'an unknown line'} needs, for each part of the batch, what the "
-        f"whole batch makes: {what}"
+        f"{op.name} at {op.source or 'an unknown line'} needs, for each part of the batch, what "
+        f"the whole batch makes: {what}"
     )

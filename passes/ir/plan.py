@@ -22,7 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.ir.text import hint_text
 
-VERSION = 4
+VERSION = 5
 Axes = tuple[int, ...]
 
 
@@ -128,7 +128,8 @@ class Plan:
     status: "optimal", "feasible" (with the gap to the bound) or "fixed" for a baseline. signature:
     per operation its name and types, from which the fingerprint is made. donated: places of the
     arguments whose memory the function may reuse. compiler_options: of XLA, for the program.
-    fused_attention: whether attention is priced as one kernel (`passes.attention`).
+    fused_attention: whether attention is priced as one kernel (`passes.attention`). microbatches:
+    into how many parts the batch is cut, which run one after the other (`passes.time_loop`).
     """
 
     name: str
@@ -151,6 +152,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     compiler_options: Mapping[str, str] = field(default_factory=dict)
     fused_attention: bool = False
+    microbatches: int = 1
     version: int = VERSION
 
     @property

@@ -1,4 +1,4 @@
-"""From a function to one that does the same in microbatches: `in_microbatches(traced, loop)`.
+"""From a function to one that does the same in steps: `in_steps(traced, loop)`.
 
 The new function computes what is the same for all steps, runs a `lax.scan` over the steps, each on
 its part of the batch, and then what only the whole loop tells (`passes.time_loop`). It takes and
@@ -25,7 +25,7 @@ from passes.time_axis import LATE, PARTIAL, WHOLE, Split, View
 from passes.time_loop import TimeLoop
 
 
-def in_microbatches(traced: Traced, loop: TimeLoop) -> Callable[..., list[Any]]:
+def in_steps(traced: Traced, loop: TimeLoop) -> Callable[..., list[Any]]:
     """The function over flat arguments, in steps. traced: of which `loop` is the loop."""
     program = _Program(traced, loop)
 
