@@ -232,7 +232,7 @@ def _message(setting: Setting, lost: Sequence[Alternative]) -> str:
     notes = "; ".join(f"{', '.join(of)}: {note}" for note, of in meshes.items())
     return (
         f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. "
-        f"{notes}. More devices, a smaller batch, rematerialisation (jax.checkpoint), donated "
+        f"{notes}. More devices, microbatches, rematerialisation (jax.checkpoint), donated "
         "state (donate_argnums), fewer hard hints or a larger memory_limit would help"
     )
 
