@@ -1,0 +1,60 @@
+"""Every sample of every rule, in steps: parts put together again are the whole.
+
+Each dim of each argument is split over two steps in each way that there is; what runs in the loop
+and what does not, and what is added up, must give what the function gives (the oracle: jax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autoshard.jax_compat import bind
+from autoshard.rule_samples import Sample, arguments, equation
+from autoshard.rule_samples_all import all_samples
+from autoshard.time_loop import in_steps
+from autoshard.trace import Traced, trace
+from passes.time_axis import Split
+from passes.time_loop import TimeLoop, time_loop
+
+
+def loops(traced: Traced) -> Iterator[TimeLoop]:
+    """A loop of two steps for each dim of each input, one after the other or in between."""
+    graph = traced.graph
+    for v in graph.inputs:
+        for d, n in enumerate(graph.values[v].shape):
+            for low in sorted({1, n // 2}) if n and n % 2 == 0 else ():
+                yield time_loop(graph, {v: Split(d, low)}, 2, traced.deciders)
+
+
+def same(got: jax.Array, want: jax.Array) -> bool:
+    if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+        got, want = jax.random.key_data(got), jax.random.key_data(want)
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    wide = [
+        np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
+        for x in (got, want)
+    ]
+    return bool(np.allclose(*wide, rtol=2e-3, atol=2e-4, equal_nan=True))
+
+
+@pytest.mark.parametrize("sample", all_samples(), ids=str)
+def test_steps_make_up_the_whole(sample: Sample) -> None:
+    eqn, numbers = equation(sample), arguments(sample)
+
+    def alone(*operands: Any) -> list[Any]:
+        return bind(eqn, operands)
+
+    traced = trace(alone, *numbers)
+    want = jax.jit(alone)(*numbers)
+    for loop in loops(traced):
+        if "loop" in loop.phases.values():
+            got = jax.jit(in_steps(traced, loop))(*numbers)
+            pairs = zip(got, want, strict=True)
+            assert all(same(x, y) for x, y in pairs), f"{loop.seeds}: {loop.views}"
