@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 
 
-def write(path: Path, text: str) -> None:
-    """Write the text, or leave the file as it was; raises OSError."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write text or bytes, or leave the file as it was; raises OSError."""
+    whole = content.encode() if isinstance(content, str) else content
     try:
         handle, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=".part"
@@ -23,8 +24,8 @@ def write(path: Path, text: str) -> None:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(whole)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, _mode(path))

@@ -1,4 +1,4 @@
-"""The command `autoshard`: plan, run, compare, explain, verify, audit, calibrate, clusters, solve.
+"""The command `autoshard`: from plan, run and compare to solve and schedule.
 
 Every command is one public call and a print-out. Exit codes: 0 done; 1 no plan fits, or numbers
 differ; 2 the command or the user's code was wrong, in one sentence on stderr (`--debug` shows all);
@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from autoshard import atomic_file, cli_tables
+from autoshard import atomic_file, cli_options, cli_tables
 from autoshard.cli_errors import Failure, failure
+from autoshard.cli_options import Debug, Donate, Hints, Limit, OnCluster, OnMesh, Solver, Target
 from autoshard.cli_target import TargetError, load
 from autoshard.progress import progress
 from autoshard.report import head
@@ -38,42 +39,6 @@ app = typer.Typer(
     help="Say how to split a JAX function over many devices, why so, how fast, in how much memory.",
     epilog="TARGET is file.py:name or package.module:name; name() gives back (fn, args).",
 )
-
-Target = Annotated[
-    str, typer.Argument(help="file.py:name or package.module:name", metavar="TARGET")
-]
-OnCluster = Annotated[
-    str | None,
-    typer.Option(
-        "--cluster",
-        help="such as tpu-v5e:4x4, h100:2x8, cpu:8; else the devices here",
-        metavar="CLUSTER",
-    ),
-]
-OnMesh = Annotated[
-    str | None, typer.Option("--mesh", help="fix the mesh: data=4,model=4", metavar="AXES")
-]
-Hints = Annotated[
-    list[str] | None,
-    typer.Option("--hint", help="'params/**/wq=None,model'; may be repeated", metavar="GLOB=SPEC"),
-]
-Solver = Annotated[
-    str,
-    typer.Option("--solver", help="ilp, propagate, dp, fsdp, tp or fsdp+tp", metavar="SOLVER"),
-]
-Limit = Annotated[
-    str | None,
-    typer.Option("--memory-limit", help="of each device, such as 12GiB", metavar="BYTES"),
-]
-Donate = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--donate",
-        help="number of an argument whose memory the results may take; may be repeated",
-        metavar="NUMBER",
-    ),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of an error")]
 
 
 def main() -> int:
@@ -388,6 +353,47 @@ def solve_command(
     if json is not None:
         atomic_file.write(json, solved.as_json(found, count))
     show(solved.as_text(problem, found, count))
+    return 0
+
+
+@app.command("schedule")
+@_command
+def schedule_command(
+    stages: cli_options.Stages,
+    microbatches: cli_options.Microbatches,
+    forward: cli_options.Forward,
+    backward: cli_options.Backward,
+    weight: cli_options.Weight,
+    comm: cli_options.Comm = 0.0,
+    chunks: cli_options.Chunks = 2,
+    kept: cli_options.Kept = 1.0,
+    memory_limit: cli_options.ActivationLimit = None,
+    only: cli_options.Only = None,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", help="write all schedules to this file", metavar="OUT"),
+    ] = None,
+    picture: cli_options.Picture = None,
+    trace: cli_options.Trace = None,
+    debug: Debug = False,
+) -> int:
+    """Compare pipeline schedules, for stages that take so long."""
+    del debug
+    from autoshard import cli_schedule
+    from passes.pipeline.published import Setting
+
+    for file in (json, picture, trace):
+        if file is not None:
+            _check_writable(file)
+    cli_schedule.check_files(picture)
+    setting = Setting(
+        stages, microbatches, forward, backward, weight, comm, kept, chunks, memory_limit
+    )
+    with progress("scheduling"):
+        found = cli_schedule.compare(setting, only or ())
+        cli_schedule.write(found, json, picture, trace)
+    show(cli_schedule.table(found))
+    cli_schedule.show_timelines(found)
     return 0
 
 

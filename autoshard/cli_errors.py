@@ -31,7 +31,9 @@ _MEANT_BY_NAME = frozenset(
         "NoCompiler",
         "NoFeasiblePlan",
         "NotSharded",
+        "PictureError",
         "ProblemError",
+        "ScheduleError",
     }
 )
 # Where plain ValueErrors and TypeErrors are sentences for the user too.

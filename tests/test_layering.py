@@ -38,8 +38,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "autoshard.shardy": ("autoshard", "passes", "numpy", "jax", "jaxlib.mlir"),
     # The only ones that know a terminal.
     "autoshard.cli": ("autoshard", "passes", "cost_models", "numpy", "jax", "typer", "rich"),
+    "autoshard.cli_options": ("typer",),
+    "autoshard.cli_schedule": ("autoshard", "passes", "rich"),
     "autoshard.report": ("autoshard", "passes", "cost_models", "numpy", "rich"),
     "autoshard.progress": ("autoshard", "rich"),
+    # It is an extra, and only who asks for a picture needs it.
+    "autoshard.timeline_picture": ("autoshard", "passes", "matplotlib"),
 }
 
 # Private names of jax (a part that starts with one underscore) may be used here only.
@@ -230,7 +234,7 @@ def test_test_files_have_distinct_names_and_no_init() -> None:
 HEAVY = {
     "cost_models": {"jax", "networkx", "numba", "ortools", "rich", "typer", "passes", "autoshard"},
     "passes": {"jax", "jaxlib", "numba", "ortools", "rich", "typer", "autoshard"},
-    "autoshard": {"numba", "ortools", "flax", "optax", "sklearn"},
+    "autoshard": {"numba", "ortools", "flax", "matplotlib", "optax", "sklearn"},
 }
 
 

@@ -16,7 +16,8 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "examples" / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))
-QUICK = ("01_rooflines", "02_collectives")  # they need no jax
+# They need no jax.
+QUICK = ("01_rooflines", "02_collectives", "06_from_gpipe_to_zero_bubble")
 PLACES = re.compile(r"/(?:home|root|tmp|usr|opt|work|Users|mnt|var)/")  # of some machine
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -49,7 +50,7 @@ def run(source: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [s.name[:2] for s in SOURCES] == ["01", "02", "03", "04", "05"]
+    assert [s.name[:2] for s in SOURCES] == ["01", "02", "03", "04", "05", "06"]
     assert {s.stem for s in SOURCES} == {f.stem for f in NOTEBOOKS.glob("*.ipynb")}
     readme = (NOTEBOOKS.parent.parent / "README.md").read_text()
     assert [s.stem for s in SOURCES if f"{s.stem}.ipynb" not in readme] == []
@@ -106,7 +107,7 @@ def test_the_notebook_runs(source: Path) -> None:
     ],
 )
 def test_a_wrong_notebook_would_be_noticed(cell: str, complaint: str, tmp_path: Path) -> None:
-    source = tmp_path / "06_wrong.py"
+    source = tmp_path / "00_wrong.py"
     source.write_text(f"# %%\n{cell}\n")
     done = run(source)
     assert done.returncode != 0

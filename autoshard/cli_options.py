@@ -1,0 +1,90 @@
+"""Which options do commands take?  Those of several commands, and those of `autoshard schedule`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Target = Annotated[
+    str, typer.Argument(help="file.py:name or package.module:name", metavar="TARGET")
+]
+OnCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="such as tpu-v5e:4x4, h100:2x8, cpu:8; else the devices here",
+        metavar="CLUSTER",
+    ),
+]
+OnMesh = Annotated[
+    str | None, typer.Option("--mesh", help="fix the mesh: data=4,model=4", metavar="AXES")
+]
+Hints = Annotated[
+    list[str] | None,
+    typer.Option("--hint", help="'params/**/wq=None,model'; may be repeated", metavar="GLOB=SPEC"),
+]
+Solver = Annotated[
+    str,
+    typer.Option("--solver", help="ilp, propagate, dp, fsdp, tp or fsdp+tp", metavar="SOLVER"),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option("--memory-limit", help="of each device, such as 12GiB", metavar="BYTES"),
+]
+Donate = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--donate",
+        help="number of an argument whose memory the results may take; may be repeated",
+        metavar="NUMBER",
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="show the whole traceback of an error")]
+
+# autoshard schedule
+
+Stages = Annotated[
+    int, typer.Option("--stages", help="devices, each with a stage of the model", metavar="NUMBER")
+]
+Microbatches = Annotated[int, typer.Option("--microbatches", help="of one step", metavar="NUMBER")]
+Forward = Annotated[
+    float,
+    typer.Option("--forward", help="of a microbatch on a stage, in any unit", metavar="TIME"),
+]
+Backward = Annotated[
+    float, typer.Option("--backward", help="for the gradients of its inputs", metavar="TIME")
+]
+Weight = Annotated[
+    float, typer.Option("--weight", help="for the gradients of its weights", metavar="TIME")
+]
+Comm = Annotated[
+    float, typer.Option("--comm", help="to send from a device to the next", metavar="TIME")
+]
+Chunks = Annotated[
+    int, typer.Option("--chunks", help="pieces per device, interleaved", metavar="NUMBER")
+]
+Kept = Annotated[
+    float,
+    typer.Option("--kept", help="the part of activations that --weight needs", metavar="NUMBER"),
+]
+ActivationLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-limit",
+        help="of each device, in activations of one microbatch of one stage",
+        metavar="NUMBER",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="this schedule, such as zb-h1; may be repeated", metavar="NAME"),
+]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", help="draw it: a .svg or .png file", metavar="OUT")
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", help="write it for ui.perfetto.dev, a .json file", metavar="OUT"),
+]

@@ -1,0 +1,154 @@
+"""Which schedules are there for a setting, and which can not be made?  `schedules(setting)`.
+
+All generators, each by its name, with the costs of equal stages. A generator more is a line more in
+`PUBLISHED`.
+
+>>> setting = Setting(devices=4, microbatches=6, forward=1, backward=1, weight=1)
+>>> for made in schedules(setting, ["1F1B", "interleaved 1F1B", "ZB-H1"]):
+...     print(made.name, made.timeline.makespan if made.timeline else made.reason)
+1F1B 27.0
+interleaved 1F1B interleaved 1F1B takes a multiple of 4 microbatches (as many as devices), not 6; \
+the nearest is 8
+ZB-H1 21.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from passes.pipeline import generators
+from passes.pipeline.schedule import Schedule, ScheduleError
+from passes.pipeline.stage_costs import StageCosts, even
+from passes.pipeline.timeline import Timeline, simulate
+
+_LEAST_WORK, _MOST_WORK = 1e-100, 1e100
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is to be scheduled. Raises ScheduleError, in words, for what is no setting.
+
+    forward, backward, weight: time of F, B and W of one microbatch on one device's whole stage;
+    send: from one device to the next. kept: the part of the activations that W needs. chunks:
+    pieces per device where a schedule leaves that open. limit: of activations per device, in those
+    of one microbatch of one stage; none for any amount.
+    """
+
+    devices: int
+    microbatches: int
+    forward: float
+    backward: float
+    weight: float
+    send: float = 0.0
+    kept: float = 1.0
+    chunks: int = 2
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        for what, many in (("stage", self.devices), ("microbatch", self.microbatches)):
+            if many < 1:
+                raise ScheduleError(f"a pipeline has at least one {what}, not {many}")
+        if self.chunks < 1:
+            raise ScheduleError(f"a device has at least one chunk, not {self.chunks}")
+        times = (self.forward, self.backward, self.weight, self.send)
+        for what, time in zip(("forward", "backward", "weight", "sending"), times, strict=True):
+            if not 0 <= time < math.inf:
+                raise ScheduleError(
+                    f"{what} takes {time:g}; a time is a finite number, not below 0"
+                )
+        work = self.forward + self.backward + self.weight
+        if not _LEAST_WORK < work < _MOST_WORK:  # so that sums of it are numbers
+            raise ScheduleError(
+                f"forward, backward and weight take {work:g} together: nothing can be scheduled"
+            )
+        if not 0 <= self.kept <= 1:
+            raise ScheduleError(
+                f"W needs {self.kept:g} of the activations; that is a part of them, from 0 to 1"
+            )
+        if self.limit is not None and not self.limit > 0:
+            raise ScheduleError(f"a memory limit is a number above 0, not {self.limit:g}")
+
+    def costs(self, chunks: int = 1) -> StageCosts:
+        """Those of each piece, so many on a device."""
+        return even(
+            self.devices,
+            self.devices * chunks,
+            self.forward,
+            self.backward,
+            self.weight,
+            self.send,
+            self.kept,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A generator by its name. pieces: per device; none for as many as the setting's chunks."""
+
+    name: str
+    make: Callable[[Setting], Schedule]
+    pieces: int | None = 1
+
+
+PUBLISHED = (
+    Published("GPipe", lambda s: generators.gpipe(s.devices, s.microbatches)),
+    Published("1F1B", lambda s: generators.one_f_one_b(s.devices, s.microbatches)),
+    Published("eager 1F1B", lambda s: generators.eager(s.devices, s.microbatches)),
+    Published(
+        "interleaved 1F1B",
+        lambda s: generators.interleaved(s.devices, s.microbatches, s.chunks),
+        pieces=None,
+    ),
+    Published("2BP", lambda s: generators.two_bp(s.devices, s.microbatches)),
+    Published("ZB-H1", lambda s: generators.zb_h1(s.devices, s.microbatches)),
+    Published("ZB-H2", lambda s: generators.zb_h2(s.devices, s.microbatches)),
+)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A schedule with its times, or the reason why there is none. pieces: per device."""
+
+    name: str
+    pieces: int
+    timeline: Timeline | None
+    reason: str = ""
+
+
+def schedules(setting: Setting, only: Sequence[str] = ()) -> tuple[Made, ...]:
+    """Every schedule that has been published, or those of these names, in the order of the list."""
+    wanted = {_called(name).name for name in only}
+    return tuple(_made(p, setting) for p in PUBLISHED if not only or p.name in wanted)
+
+
+def _made(published: Published, setting: Setting) -> Made:
+    try:
+        schedule = published.make(setting)
+        timeline = simulate(schedule, setting.costs(schedule.pieces // schedule.devices))
+    except ScheduleError as error:
+        pieces = setting.chunks if published.pieces is None else published.pieces
+        return Made(published.name, pieces, None, str(error))
+    return Made(published.name, schedule.pieces // schedule.devices, timeline)
+
+
+def _called(name: str) -> Published:
+    """The schedule of that name, however it is spelt; ScheduleError where there is none."""
+    known = {_plain(p.name): p for p in PUBLISHED}
+    if _plain(name) in known:
+        return known[_plain(name)]
+    near = get_close_matches(_plain(name), known, n=1)
+    guess = f"did you mean {known[near[0]].name}? There" if near else "there"
+    names = ", ".join(p.name for p in PUBLISHED)
+    raise ScheduleError(f"no schedule is called {name!r}; {guess} are {names}")
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def weights_held(schedule: Schedule) -> float:
+    """How often all devices together hold the model's weights: twice where they hold both ways."""
+    return len({place for way in schedule.ways for place in way}) / schedule.pieces
