@@ -22,7 +22,8 @@ def faults(timeline: Timeline, limit: float | None = None) -> tuple[str, ...]:
     schedule, costs, rows = timeline.schedule, timeline.costs, timeline.rows
     near = _NEAR * max((abs(row.end) for row in rows), default=0.0)
     placed = [row for row in rows if _piece(schedule, row) is not None]
-    found = [f"{_said(r)}: no piece of its microbatch lies there" for r in set(rows) - set(placed)]
+    astray = [row for row in rows if _piece(schedule, row) is None]
+    found = [f"{_said(row)}: no piece of its microbatch lies there" for row in astray]
     found += _counts(schedule, placed)
     found += _times(schedule, costs, placed, near)
     found += _collisions(placed, near)

@@ -8,7 +8,7 @@ one microbatch on one device):
   one_f_one_b  (p-1)(F+B+W)       at most p microbatches under way
   eager        (p-1)(F+B+W)       2p-1 of them, so that what is sent arrives in time
   interleaved  (p-1)(F+B+W)/v     v chunks per device
-  two_bp       (p-1)(F+B)         all W last, but for what fills the cool-down
+  two_bp       (p-1)(F+B-W)       all W last, but for what fills the cool-down (if W <= F)
   zb_h1        (p-1)(F+B-W)       at most p under way, W fill the cool-down
   zb_h2        (p-1)(F+B-2W)      at most 2p-1 under way, W fill warm-up and cool-down
 """

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from passes.pipeline import generators
+from passes.pipeline import both_ways, generators, vee
 from passes.pipeline.schedule import Schedule, ScheduleError
 from passes.pipeline.stage_costs import StageCosts, even
 from passes.pipeline.timeline import Timeline, simulate
@@ -105,6 +105,11 @@ PUBLISHED = (
     Published("2BP", lambda s: generators.two_bp(s.devices, s.microbatches)),
     Published("ZB-H1", lambda s: generators.zb_h1(s.devices, s.microbatches)),
     Published("ZB-H2", lambda s: generators.zb_h2(s.devices, s.microbatches)),
+    Published("V-Min", lambda s: vee.v_min(s.devices, s.microbatches), 2),
+    Published("V-Half", lambda s: vee.v_half(s.devices, s.microbatches), 2),
+    Published("ZB-V", lambda s: vee.zb_v(s.devices, s.microbatches, s.costs(2)), 2),
+    Published("DualPipe", lambda s: both_ways.dualpipe(s.devices, s.microbatches), 2),
+    Published("BitPipe", lambda s: both_ways.bitpipe(s.devices, s.microbatches), 4),
 )
 
 
