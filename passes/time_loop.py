@@ -278,6 +278,8 @@ class _Follow:
             return True
         if op.name == "dynamic_update_slice" and 0 in split:
             return 1 in split
+        if op.name.startswith("scatter") and 0 in split and 2 not in split:
+            return False  # rows, of which each part would have to tell its own
         if op.name == "gather" and PARTIAL in found.results:
             return False
         if op.name.startswith("scatter") and PARTIAL in found.results:
