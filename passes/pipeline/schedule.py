@@ -10,6 +10,11 @@ Tasks of a microbatch on a piece (Qi et al., arXiv 2401.10241, section 2):
   W    backward, for the gradients of the weights: any time after B
   BW   both as one, where they are not taken apart
 
+Activations can spend the time between F and B in the memory of the host. A device's link to its
+host has an order of its own (Wan et al., arXiv 2503.01328):
+  O    offload, any time after F
+  R    reload, before B or BW: not before the compute task that it goes with has begun
+
 >>> order = (Task("F", 0, 0), Task("BW", 0, 0))
 >>> schedule = Schedule("two", (straight(2),), (0,), (order, order))
 >>> schedule.devices, schedule.microbatches, schedule.piece(1, order[0])
@@ -22,6 +27,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+
+COMPUTED = ("F", "B", "W", "BW")
+TRANSFERRED = ("O", "R")
 
 
 class ScheduleError(ValueError):
@@ -44,6 +52,16 @@ class Place(NamedTuple):
 
     device: int
     chunk: int
+
+
+class Transfer(NamedTuple):
+    """A task of a host link. beside: the compute task of the device with which it may begin.
+
+    Without that a reload would begin as soon as the link is free, and take memory for nothing.
+    """
+
+    task: Task
+    beside: Task | None = None
 
 
 Way = tuple[Place, ...]
@@ -72,12 +90,14 @@ class Schedule:
     """Per device its tasks in order.
 
     ways: where the pieces lie, for each direction. way_of: per microbatch the way that it goes.
+    transfers: per device what its host link does, in order; none of all where nothing is offloaded.
     """
 
     name: str
     ways: tuple[Way, ...]
     way_of: tuple[int, ...]
     orders: tuple[tuple[Task, ...], ...]
+    transfers: tuple[tuple[Transfer, ...], ...] = ()
 
     @property
     def devices(self) -> int:
@@ -117,17 +137,25 @@ class Schedule:
                 yield device, task
 
 
+# What is done with the activations of a piece waits for nothing else.
+_AFTER = {"W": "B", "O": "F", "R": "O"}
+
 # A task by the piece that it works on: its kind, microbatch and piece.
 Work = tuple[str, int, int]
 
 
-def waits_for(kind: str, microbatch: int, piece: int, pieces: int) -> list[tuple[Work, ...]]:
-    """What a task waits for: of each of these, that one which is in the table."""
+def waits_for(
+    kind: str, microbatch: int, piece: int, pieces: int, offloaded: bool = False
+) -> list[tuple[Work, ...]]:
+    """What a task waits for: of each of these, that one which is in the table.
+
+    offloaded: whether the activations of this microbatch and piece are, in the meantime.
+    """
     if kind == "F":
         return [(("F", microbatch, piece - 1),)] if piece else []
-    if kind == "W":
-        return [(("B", microbatch, piece),)]
-    own: tuple[Work, ...] = (("F", microbatch, piece),)
+    if kind in _AFTER:
+        return [((_AFTER[kind], microbatch, piece),)]
+    own: tuple[Work, ...] = (("R" if offloaded else "F", microbatch, piece),)
     if piece + 1 == pieces:
         return [own]
     return [own, (("B", microbatch, piece + 1), ("BW", microbatch, piece + 1))]

@@ -14,7 +14,9 @@ class StageCosts:
 
     forward, backward, weight: of F, B and W; a BW takes as long as B and W. send: from one device
     to the next. activation: held from the forward task to the end of B; kept: the part of it that W
-    needs, too. Any unit of time, and any of memory. Raises ScheduleError for what is no cost.
+    needs, too. transfer: seconds that the activations of a microbatch take over the host link, one
+    way; none of any piece where nothing can be offloaded. Any unit of time, and any of memory.
+    Raises ScheduleError for what is no cost.
     """
 
     forward: tuple[float, ...]
@@ -23,9 +25,11 @@ class StageCosts:
     send: float
     activation: tuple[float, ...]
     kept: tuple[float, ...]
+    transfer: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        every = (self.forward, self.backward, self.weight, self.activation, self.kept)
+        every = [self.forward, self.backward, self.weight, self.activation, self.kept]
+        every += [self.transfer] if self.transfer else []
         if len({len(each) for each in every}) != 1:
             raise ScheduleError("costs are needed of every piece, of each kind")
         if any(not (0 <= x < math.inf) for each in (*every, (self.send,)) for x in each):
@@ -46,6 +50,10 @@ class StageCosts:
             return self.backward[piece]
         if kind == "W":
             return self.weight[piece]
+        if kind in ("O", "R"):
+            if not self.transfer:
+                raise ScheduleError("what is offloaded needs a time for it: the costs say none")
+            return self.transfer[piece]
         return self.backward[piece] + self.weight[piece]
 
 
@@ -57,12 +65,15 @@ def even(
     weight: float,
     send: float = 0.0,
     kept: float = 1.0,
+    transfer: float | None = None,
 ) -> StageCosts:
     """Equal pieces of stages that cost so much: times and activations of a device's share.
 
     The activations of one microbatch of one stage are the unit of memory. kept: the part of them
-    that W needs.
+    that W needs. transfer: of these over the host link, one way; none where that is not possible.
     """
     share = devices / pieces
     f, b, w = (tuple([x * share] * pieces) for x in (forward, backward, weight))
-    return StageCosts(f, b, w, send, tuple([share] * pieces), tuple([kept * share] * pieces))
+    held, needed = tuple([share] * pieces), tuple([kept * share] * pieces)
+    sent = () if transfer is None else tuple([transfer * share] * pieces)
+    return StageCosts(f, b, w, send, held, needed, sent)

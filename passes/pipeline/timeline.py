@@ -3,6 +3,10 @@
 Each device takes its tasks in the order of the table, each as soon as the one before it is done and
 what it waits for has arrived. Sending takes no time of a device.
 
+A device's *host link* works beside it, in an order of its own, one transfer at a time. PCI-E could
+take one each way at once, but not at twice the speed where devices share a switch; the authors of
+PipeOffload therefore count both ways together, and use one stream for them (arXiv 2503.01328).
+
 *makespan*: the longest that any device is at it, from its first task to its last. In training that
 is what a step takes: a device begins the next one when it is done, for nothing of a step waits for
 all devices (Qi et al., arXiv 2401.10241, section 4, on the optimizer's synchronization).
@@ -23,7 +27,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from passes.pipeline.schedule import Schedule, ScheduleError, Task, Work, waits_for
+from passes.pipeline.schedule import (
+    COMPUTED,
+    TRANSFERRED,
+    Schedule,
+    ScheduleError,
+    Task,
+    Work,
+    waits_for,
+)
 from passes.pipeline.stage_costs import StageCosts
 
 
@@ -45,11 +57,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A schedule with times. rows: by device, in its order."""
+    """A schedule with times. rows: by device, in its order; transfers: likewise, of host links."""
 
     schedule: Schedule
     costs: StageCosts
     rows: tuple[Row, ...]
+    transfers: tuple[Row, ...] = ()
 
     @cached_property
     def spans(self) -> tuple[float, ...]:
@@ -95,8 +108,9 @@ class Timeline:
     @cached_property
     def memory(self) -> tuple[tuple[tuple[float, float], ...], ...]:
         """Per device what its activations take from a time on, each time that it changes."""
+        every = (*self.rows, *self.transfers)
         return tuple(
-            held_over_time(self.schedule, self.costs, d, [r for r in self.rows if r.device == d])
+            held_over_time(self.schedule, self.costs, d, [r for r in every if r.device == d])
             for d in range(self.schedule.devices)
         )
 
@@ -116,49 +130,97 @@ def simulate(schedule: Schedule, costs: StageCosts) -> Timeline:
         raise ScheduleError(
             f"{schedule.name} has {schedule.pieces} pieces, the costs are of {costs.pieces}"
         )
-    works = [[_work(schedule, d, t) for t in order] for d, order in enumerate(schedule.orders)]
-    ends: dict[Work, tuple[float, int]] = {}
-    at, free = [0] * schedule.devices, [0.0] * schedule.devices
-    rows: list[list[Row]] = [[] for _ in works]
+    lanes = _lanes(schedule)
+    offloaded = {work[1:] for lane in lanes for _, work, _ in lane if work[0] == "R"}
+    done: dict[Work, Row] = {}
+    at, free = [0] * len(lanes), [0.0] * len(lanes)
+    rows: list[list[Row]] = [[] for _ in lanes]
     waiting: dict[Work, list[int]] = {}
-    turn = list(range(schedule.devices))
+    turn = list(range(len(lanes)))
     while turn:
-        device = turn.pop()
-        while at[device] < len(works[device]):
-            work = kind, microbatch, piece = works[device][at[device]]
-            start, missing = _arrival(work, device, schedule.pieces, costs.send, ends)
+        lane = turn.pop()
+        device = lane % schedule.devices
+        while at[lane] < len(lanes[lane]):
+            task, work, beside = lanes[lane][at[lane]]
+            either = waits_for(*work, schedule.pieces, work[1:] in offloaded)
+            start, missing = _arrival(either, beside, device, costs.send, done)
             if missing:
                 for other in missing:
-                    waiting.setdefault(other, []).append(device)
+                    waiting.setdefault(other, []).append(lane)
                 break
-            start = max(start, free[device])
-            end = free[device] = start + costs.seconds(kind, piece)
-            ends[work] = end, device
-            chunk = schedule.orders[device][at[device]].chunk
-            rows[device].append(Row(device, start, end, kind, microbatch, chunk))
-            at[device] += 1
+            start = max(start, free[lane])
+            end = free[lane] = start + costs.seconds(work[0], work[2])
+            done[work] = Row(device, start, end, *task)
+            rows[lane].append(done[work])
+            at[lane] += 1
             turn += waiting.pop(work, [])
-    stuck = [(d, order[at[d]]) for d, order in enumerate(schedule.orders) if at[d] < len(order)]
+    stuck = [(k, lane[at[k]].task) for k, lane in enumerate(lanes) if at[k] < len(lane)]
     if stuck:
-        which = ", ".join(f"{task} on device {d}" for d, task in stuck[:4])
+        which = ", ".join(f"{task} on device {k % schedule.devices}" for k, task in stuck[:4])
         raise ScheduleError(f"{schedule.name}: nothing ends what these wait for: {which}")
-    return Timeline(schedule, costs, tuple(row for own in rows for row in own))
+    computed, transferred = rows[: schedule.devices], rows[schedule.devices :]
+    return Timeline(
+        schedule,
+        costs,
+        tuple(itertools.chain.from_iterable(computed)),
+        tuple(itertools.chain.from_iterable(transferred)),
+    )
 
 
-def _work(schedule: Schedule, device: int, task: Task) -> Work:
+class _Turn(NamedTuple):
+    """What a device or a link does next, and the work beside which it may begin at the earliest."""
+
+    task: Task
+    work: Work
+    beside: Work | None
+
+
+def _lanes(schedule: Schedule) -> list[list[_Turn]]:
+    """What has an order of its own: the devices, then their host links."""
+    if len(schedule.transfers) not in (0, schedule.devices):
+        raise ScheduleError(
+            f"{schedule.name} has {schedule.devices} devices, but transfers of "
+            f"{len(schedule.transfers)}; give each device its own, or give none"
+        )
+    return [
+        *(
+            [_Turn(task, _work(schedule, d, task, COMPUTED), None) for task in order]
+            for d, order in enumerate(schedule.orders)
+        ),
+        *(
+            [
+                _Turn(t, _work(schedule, d, t, TRANSFERRED), b and _work(schedule, d, b, COMPUTED))
+                for t, b in order
+            ]
+            for d, order in enumerate(schedule.transfers)
+        ),
+    ]
+
+
+def _work(schedule: Schedule, device: int, task: Task, kinds: tuple[str, ...]) -> Work:
+    if task.kind not in kinds:
+        raise ScheduleError(f"{task} on device {device}: expected one of {', '.join(kinds)} here")
     return task.kind, task.microbatch, schedule.piece(device, task)
 
 
 def _arrival(
-    work: Work, device: int, pieces: int, send: float, ends: dict[Work, tuple[float, int]]
+    wanted: list[tuple[Work, ...]],
+    beside: Work | None,
+    device: int,
+    send: float,
+    done: dict[Work, Row],
 ) -> tuple[float, tuple[Work, ...]]:
     """When all that a task waits for has arrived; or the first of these that has not ended yet."""
     out = 0.0
-    for either in waits_for(*work, pieces):
-        done = next((ends[w] for w in either if w in ends), None)
-        if done is None:
+    if beside is not None:
+        if beside not in done:
+            return 0.0, (beside,)
+        out = done[beside].start
+    for either in wanted:
+        row = next((done[w] for w in either if w in done), None)
+        if row is None:
             return 0.0, either
-        out = max(out, done[0] + (send if done[1] != device else 0.0))
+        out = max(out, row.end + (send if row.device != device else 0.0))
     return out, ()
 
 
@@ -167,16 +229,18 @@ def held_over_time(
 ) -> tuple[tuple[float, float], ...]:
     """What the activations of a device take: (from this time on, so much).
 
-    Those of a piece are held from the start of F to the end of B, a part of them to the end of W.
+    Those of a piece are held from the start of F to the end of B, a part of them to the end of W;
+    not between the end of an offload and the start of its reload. rows: transfers too.
     """
     change: dict[float, float] = {0.0: 0.0}
     for row in rows:
         piece = schedule.piece(device, row.task)
         whole, kept = costs.activation[piece], costs.kept[piece]
-        freed = {"F": 0.0, "B": whole - kept, "W": kept, "BW": whole}[row.kind]
-        if row.kind == "F":
+        freed = {"B": whole - kept, "W": kept, "BW": whole, "O": whole}.get(row.kind, 0.0)
+        if row.kind in ("F", "R"):
             change[row.start] = change.get(row.start, 0.0) + whole
-        change[row.end] = change.get(row.end, 0.0) - freed
+        if freed:
+            change[row.end] = change.get(row.end, 0.0) - freed
     out, held = [], 0.0
     for time in sorted(change):
         held += change[time]
