@@ -388,7 +388,8 @@ def _plan(
             return _search(fn, cut, hardware, fixed, wishes, count)
 
         if isinstance(microbatches, str):
-            return fastest(in_parts, batch_sizes(traced), wishes.progress)
+            sizes = batch_sizes(traced)
+            return fastest(in_parts, lambda p: p.cost.step_time, sizes, wishes.progress)
         return in_parts(microbatches)
 
 

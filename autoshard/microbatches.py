@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 
@@ -19,8 +19,7 @@ from passes.batch import find_batch
 from passes.search import NoFeasiblePlan, Progress
 from passes.time_loop import NoTimeLoop, coupled, microbatch_loop
 
-if TYPE_CHECKING:
-    from autoshard.api import Plan
+P = TypeVar("P")
 
 _MOSTLY = 0.9  # of the FLOPs: with less in the loop, what keeps the rest out is worth a note
 
@@ -75,11 +74,17 @@ def batch_sizes(traced: Traced) -> tuple[int, ...]:
 
 
 def fastest(
-    in_parts: Callable[[int], Plan], sizes: Sequence[int], progress: Progress | None
-) -> Plan:
-    """The fastest plan of those with 1, 2, 4, ... microbatches, until more of them are no gain."""
+    in_parts: Callable[[int], P],
+    seconds: Callable[[P], float],
+    sizes: Sequence[int],
+    progress: Progress | None,
+) -> P:
+    """The fastest plan of those with 1, 2, 4, ... microbatches, until more of them are no gain.
+
+    in_parts: the plan for so many; it may raise NoFeasiblePlan or NoTimeLoop. sizes: of the batch.
+    """
     tell = progress or (lambda _: None)
-    best: Plan | None = None
+    best: P | None = None
     refused: NoFeasiblePlan | NoTimeLoop | None = None
     count = 1
     while count == 1 or (sizes and all(n % count == 0 for n in sizes)):
@@ -92,7 +97,7 @@ def fastest(
             refused = refused or error
             break
         else:
-            if best is not None and found.cost.step_time >= best.cost.step_time:
+            if best is not None and seconds(found) >= seconds(best):
                 break
             best = found
         count *= 2
