@@ -367,6 +367,7 @@ def schedule_command(
     comm: cli_options.Comm = 0.0,
     chunks: cli_options.Chunks = 2,
     kept: cli_options.Kept = 1.0,
+    transfer: cli_options.Transfer = None,
     memory_limit: cli_options.ActivationLimit = None,
     only: cli_options.Only = None,
     json: Annotated[
@@ -387,7 +388,7 @@ def schedule_command(
             _check_writable(file)
     cli_schedule.check_files(picture)
     setting = Setting(
-        stages, microbatches, forward, backward, weight, comm, kept, chunks, memory_limit
+        stages, microbatches, forward, backward, weight, comm, kept, chunks, memory_limit, transfer
     )
     with progress("scheduling"):
         found = cli_schedule.compare(setting, only or ())

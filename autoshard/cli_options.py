@@ -69,6 +69,14 @@ Kept = Annotated[
     float,
     typer.Option("--kept", help="the part of activations that --weight needs", metavar="NUMBER"),
 ]
+Transfer = Annotated[
+    float | None,
+    typer.Option(
+        "--transfer",
+        help="of a stage's activations to the host, one way; half of F, B and W if not given",
+        metavar="TIME",
+    ),
+]
 ActivationLimit = Annotated[
     float | None,
     typer.Option(

@@ -93,7 +93,9 @@ def table(found: Compared) -> str:
         [
             f"{setting.devices} stages, {setting.microbatches} microbatches{limit}",
             f"  F {setting.forward:g}, B {setting.backward:g}, W {setting.weight:g}, "
-            f"send {setting.send:g}; W needs {setting.kept:.4g} of the activations",
+            f"send {setting.send:g}, to the host {setting.over_host_link:.4g}"
+            f"{' (a guess)' * (setting.transfer is None)}; "
+            f"W needs {setting.kept:.4g} of the activations",
             *columns(lines, "lrrrrrrrl", "  "),
             *(f"  not made: {_reason(made)}" for made in found.left_out),
             "peak: activations on the worst device, in those of one microbatch of one stage",
@@ -181,7 +183,9 @@ def write(found: Compared, json: Path | None, picture: Path | None, trace: Path 
 
 
 def as_json(found: Compared) -> str:
-    """{"schedules": [{"name", "makespan", "bubble", "peak_activation", "fits", "rows"}]}."""
+    """{"schedules": [{"name", "makespan", "bubble", "peak_activation", "fits", "rows",
+    "transfers"}]}.
+    """
     body = [
         {
             "name": entry.name,
@@ -190,6 +194,7 @@ def as_json(found: Compared) -> str:
             "peak_activation": entry.peak,
             "fits": entry.fits,
             "rows": [list(row) for row in entry.timeline.rows],
+            "transfers": [list(row) for row in entry.timeline.transfers],
         }
         for entry in found.entries
     ]

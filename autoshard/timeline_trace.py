@@ -15,9 +15,23 @@ from passes.pipeline.timeline import Timeline
 
 MICROSECONDS = 1000.0  # for each unit of time
 
-_NAMES = {"F": "forward", "B": "backward", "W": "weights", "BW": "backward and weights"}
+_NAMES = {
+    "F": "forward",
+    "B": "backward",
+    "W": "weights",
+    "BW": "backward and weights",
+    "O": "offload",
+    "R": "reload",
+}
 # Of the palette that trace viewers have.
-_COLOURS = {"F": "thread_state_running", "B": "thread_state_iowait", "W": "good", "BW": "olive"}
+_COLOURS = {
+    "F": "thread_state_running",
+    "B": "thread_state_iowait",
+    "W": "good",
+    "BW": "olive",
+    "O": "grey",
+    "R": "white",
+}
 
 
 def as_trace(timelines: Sequence[Timeline]) -> str:
@@ -32,11 +46,17 @@ def _events(pid: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
     for device in range(timeline.schedule.devices):
         yield _meta(pid, device, "thread_name", name=f"device {device}")
         yield _meta(pid, device, "thread_sort_index", sort_index=device)
-    for row in timeline.rows:
+    if timeline.transfers:
+        for device in range(timeline.schedule.devices):
+            tid = timeline.schedule.devices + device
+            yield _meta(pid, tid, "thread_name", name=f"host link of device {device}")
+            yield _meta(pid, tid, "thread_sort_index", sort_index=tid)
+    for row in (*timeline.rows, *timeline.transfers):
+        link = timeline.schedule.devices if row.kind in ("O", "R") else 0
         yield {
             "ph": "X",
             "pid": pid,
-            "tid": row.device,
+            "tid": row.device + link,
             "name": str(row.task),
             "cat": _NAMES[row.kind],
             "cname": _COLOURS[row.kind],

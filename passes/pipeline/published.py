@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from passes.pipeline import both_ways, generators, vee
+from passes.pipeline import both_ways, generators, offload, vee
 from passes.pipeline.schedule import Schedule, ScheduleError
 from passes.pipeline.stage_costs import StageCosts, even
 from passes.pipeline.timeline import Timeline, simulate
@@ -33,8 +33,9 @@ class Setting:
 
     forward, backward, weight: time of F, B and W of one microbatch on one device's whole stage;
     send: from one device to the next. kept: the part of the activations that W needs. chunks:
-    pieces per device where a schedule leaves that open. limit: of activations per device, in those
-    of one microbatch of one stage; none for any amount.
+    pieces per device where a schedule leaves that open. transfer: of one microbatch's activations
+    of one stage over the host link, one way; none for half of F, B and W. limit: of activations
+    per device, in those of one microbatch of one stage; none for any amount.
     """
 
     devices: int
@@ -46,6 +47,7 @@ class Setting:
     kept: float = 1.0
     chunks: int = 2
     limit: float | None = None
+    transfer: float | None = None
 
     def __post_init__(self) -> None:
         for what, many in (("stage", self.devices), ("microbatch", self.microbatches)):
@@ -53,8 +55,9 @@ class Setting:
                 raise ScheduleError(f"a pipeline has at least one {what}, not {many}")
         if self.chunks < 1:
             raise ScheduleError(f"a device has at least one chunk, not {self.chunks}")
-        times = (self.forward, self.backward, self.weight, self.send)
-        for what, time in zip(("forward", "backward", "weight", "sending"), times, strict=True):
+        times = (self.forward, self.backward, self.weight, self.send, self.transfer or 0.0)
+        names = ("forward", "backward", "weight", "sending", "a transfer")
+        for what, time in zip(names, times, strict=True):
             if not 0 <= time < math.inf:
                 raise ScheduleError(
                     f"{what} takes {time:g}; a time is a finite number, not below 0"
@@ -71,6 +74,12 @@ class Setting:
         if self.limit is not None and not self.limit > 0:
             raise ScheduleError(f"a memory limit is a number above 0, not {self.limit:g}")
 
+    @property
+    def over_host_link(self) -> float:
+        """How long a transfer takes; where it is not known, all of them just fit into a step."""
+        half = (self.forward + self.backward + self.weight) / 2
+        return half if self.transfer is None else self.transfer
+
     def costs(self, chunks: int = 1) -> StageCosts:
         """Those of each piece, so many on a device."""
         return even(
@@ -81,6 +90,7 @@ class Setting:
             self.weight,
             self.send,
             self.kept,
+            self.over_host_link,
         )
 
 
@@ -110,6 +120,11 @@ PUBLISHED = (
     Published("ZB-V", lambda s: vee.zb_v(s.devices, s.microbatches, s.costs(2)), 2),
     Published("DualPipe", lambda s: both_ways.dualpipe(s.devices, s.microbatches), 2),
     Published("BitPipe", lambda s: both_ways.bitpipe(s.devices, s.microbatches), 4),
+    Published(
+        "PipeOffload",
+        lambda s: offload.pipe_offload(s.devices, s.microbatches, s.chunks, s.costs(s.chunks)),
+        pieces=None,
+    ),
 )
 
 
