@@ -6,7 +6,10 @@ and what does not, and what is added up, must give what the function gives (the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +24,19 @@ from autoshard.time_loop import in_steps
 from autoshard.trace import Traced, trace
 from passes.time_axis import Split
 from passes.time_loop import TimeLoop, time_loop
+
+
+def load_cases() -> Any:
+    spec = importlib.util.spec_from_file_location("programs", Path(__file__).parent / "programs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["programs"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.CASES
+
+
+CASES = load_cases()
 
 
 def loops(traced: Traced) -> Iterator[TimeLoop]:
@@ -51,10 +67,22 @@ def test_steps_make_up_the_whole(sample: Sample) -> None:
     def alone(*operands: Any) -> list[Any]:
         return bind(eqn, operands)
 
-    traced = trace(alone, *numbers)
-    want = jax.jit(alone)(*numbers)
-    for loop in loops(traced):
-        if "loop" in loop.phases.values():
-            got = jax.jit(in_steps(traced, loop))(*numbers)
-            pairs = zip(got, want, strict=True)
-            assert all(same(x, y) for x, y in pairs), f"{loop.seeds}: {loop.views}"
+    check(trace(alone, *numbers), numbers, jax.jit(alone)(*numbers))
+
+
+def check(traced: Traced, numbers: Sequence[Any], want: Sequence[Any]) -> None:
+    """All loops, compiled at once."""
+    found = [loop for loop in loops(traced) if "loop" in loop.phases.values()]
+    runs = [in_steps(traced, loop) for loop in found]
+    got = jax.jit(lambda *numbers: [run(*numbers) for run in runs])(*numbers)
+    for loop, results in zip(found, got, strict=True):
+        pairs = zip(results, want, strict=True)
+        assert all(same(x, y) for x, y in pairs), f"{loop.seeds}: {loop.views}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_programs_in_steps(name: str) -> None:
+    case = CASES[name]
+    want = jax.tree.leaves(jax.jit(case.fn)(*case.args))
+    flat = [jnp.asarray(x) for x in jax.tree.leaves(case.args)]
+    check(trace(case.fn, *case.args), flat, want)

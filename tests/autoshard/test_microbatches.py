@@ -1,0 +1,307 @@
+"""A batch in microbatches: the same numbers, less memory, and what can not be cut is said.
+
+The oracle is the function as it is, run by jax; the examples of this repository and small models of
+the libraries that people use are cut without a change to their code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import autoshard
+from autoshard.microbatches import in_microbatches
+from autoshard.trace import trace
+from passes.time_loop import NoTimeLoop
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NUMBERED = sorted(f.name for f in EXAMPLES.glob("[0-9][0-9]_*.py"))
+
+
+def cut(fn: Callable[..., Any], args: Any, count: int) -> tuple[Callable[..., Any], str]:
+    """The function in microbatches, and its notes as one text."""
+    made, notes = in_microbatches(fn, trace(fn, *args), count, {})
+    return made, "\n".join(notes)
+
+
+def worst(got: Any, want: Any) -> float:
+    """The largest difference of any two numbers, against the largest number of that array."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    out = 0.0
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        a, b = (np.asarray(z, np.float64) for z in (x, y))
+        out = max(
+            out, float(np.abs(a - b).max(initial=0)) / (1e-3 + float(np.abs(b).max(initial=0)))
+        )
+    return out
+
+
+def random(args: Any, seed: int = 0) -> Any:
+    """Numbers for shapes; small integers."""
+    rng = np.random.default_rng(seed)
+
+    def one(x: Any) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, 7, x.shape), x.dtype)
+        return jnp.asarray(rng.standard_normal(x.shape) * 0.3, x.dtype)
+
+    return jax.tree.map(one, args)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_examples_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOSHARD_EXAMPLE_QUICK", "1")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "example", module)
+    spec.loader.exec_module(module)
+    fn, args = module.job()
+    args = args if all(isinstance(x, jax.Array) for x in jax.tree.leaves(args)) else random(args)
+    made, notes = cut(fn, args, 2)
+    assert worst(jax.jit(made)(*args), jax.jit(fn)(*args)) < 2e-4
+    coupled = "batchnorm" in name
+    assert ("waits for all of them" in notes) == coupled
+    if coupled:
+        assert f"{name}:" in notes  # the line of the batch norm
+
+
+# Libraries
+
+
+def step_of(loss: Callable[[Any, Any], Any], tx: Any) -> Callable[[Any, Any], Any]:
+    def train_step(state: Any, batch: Any) -> Any:
+        params, opt = state
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt = tx.update(grads, opt, params)
+        return (optax.apply_updates(params, updates), opt), value
+
+    return train_step
+
+
+CLIPPED = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
+
+
+def agree(loss: Callable[[Any, Any], Any], params: Any, batch: Any, near: float = 2e-4) -> str:
+    """Two, four and eight microbatches give what none do; the notes of two."""
+    fn, args = step_of(loss, CLIPPED), ((params, CLIPPED.init(params)), batch)
+    want = jax.jit(fn)(*args)
+    said = []
+    for count in (2, 4, 8):
+        made, notes = cut(fn, args, count)
+        said.append(notes)
+        assert worst(jax.jit(made)(*args), want) < near
+    return said[0]
+
+
+def test_flax_with_dropout_and_a_scan_of_layers() -> None:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, _: Any) -> Any:
+            y = nn.MultiHeadDotProductAttention(2, dropout_rate=0.2, deterministic=False)(x)
+            return nn.LayerNorm()(x + nn.Dropout(0.3, deterministic=False)(y)), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens: Any) -> Any:
+            embed = nn.Embed(11, 8)
+            layers = nn.scan(
+                Layer, {"params": 0}, split_rngs={"params": True, "dropout": True}, length=3
+            )
+            x, _ = layers()(embed(tokens), None)
+            return embed.attend(x)
+
+    tokens = random(jax.ShapeDtypeStruct((8, 6), jnp.int32))
+    key = jax.random.key(0)
+    params = Model().init({"params": key, "dropout": key}, tokens)
+
+    def loss(params: Any, tokens: Any) -> Any:
+        scores = Model().apply(params, tokens[:, :-1], rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:]).mean()
+
+    assert re.search("(9.|100)% of the FLOPs run in steps", agree(loss, params, tokens))
+
+
+def test_haiku_with_a_mask_over_the_whole_batch() -> None:
+    """The loss is over the labels that count, of all microbatches: their number comes first."""
+
+    def forward(x: Any) -> Any:
+        return hk.nets.MLP([16, 16, 3])(hk.LayerNorm(-1, True, True)(x))
+
+    model = hk.without_apply_rng(hk.transform(forward))
+    batch = random({"x": jax.ShapeDtypeStruct((16, 5), jnp.float32)})
+    batch["y"] = jnp.arange(16) % 3
+    batch["mask"] = (jnp.arange(16) % 5 > 0).astype(jnp.float32)
+    params = model.init(jax.random.key(0), batch["x"])
+
+    def loss(params: Any, batch: Any) -> Any:
+        scores = model.apply(params, batch["x"])
+        each = optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"])
+        return (each * batch["mask"]).sum() / batch["mask"].sum()
+
+    assert "computed ahead, of the whole batch" in agree(loss, params, batch)
+
+
+def test_equinox_vmapped_convolution() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    model = eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(2, 4, 3, key=keys[0]),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(16, 3, key=keys[1]),
+        ]
+    )
+    params, static = eqx.partition(model, eqx.is_array)
+    images = random(jax.ShapeDtypeStruct((8, 2, 4, 4), jnp.float32))
+
+    def loss(params: Any, images: Any) -> Any:
+        return (jax.vmap(eqx.combine(params, static))(images) ** 2).mean()
+
+    agree(loss, params, images)
+
+
+def test_scan_of_scans_with_remat_in_bfloat16() -> None:
+    params = random({"w": jax.ShapeDtypeStruct((2, 3, 8, 8), jnp.float32)})
+    x = random(jax.ShapeDtypeStruct((8, 4, 8), jnp.float32))
+
+    def loss(params: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            return jnp.tanh(x @ w.astype(jnp.bfloat16)), None
+
+        def group(x: Any, ws: Any) -> Any:
+            return lax.scan(jax.checkpoint(layer), x, ws)[0], None
+
+        x, _ = lax.scan(group, x.astype(jnp.bfloat16), params["w"])
+        return jnp.mean(x.astype(jnp.float32) ** 2)
+
+    agree(loss, params, x, near=2e-2)
+
+
+def test_recurrent_over_time_first_arrays() -> None:
+    """The batch is the second dim of what the scan steps through."""
+    params = random({"u": jax.ShapeDtypeStruct((4, 8), jnp.float32)})
+    params["w"] = random(jax.ShapeDtypeStruct((8, 8), jnp.float32), 1)
+    x = random(jax.ShapeDtypeStruct((8, 5, 4), jnp.float32))
+
+    def loss(params: Any, x: Any) -> Any:
+        def cell(h: Any, x: Any) -> Any:
+            h = jnp.tanh(h @ params["w"] + x @ params["u"])
+            return h, h.sum()
+
+        h, ys = lax.scan(cell, jnp.zeros((x.shape[0], 8)), jnp.swapaxes(x, 0, 1))
+        return h.mean() + 0.1 * ys.mean()
+
+    agree(loss, params, x)
+
+
+# Plans
+
+
+def mlp(batch: int = 64) -> tuple[Callable[..., Any], Any]:
+    params = {"a": jax.ShapeDtypeStruct((64, 512), jnp.float32)}
+    params["b"] = jax.ShapeDtypeStruct((512, 64), jnp.float32)
+
+    def train_step(params: Any, x: Any) -> Any:
+        def loss(params: Any) -> Any:
+            return jnp.mean((jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) - x) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), value
+
+    return train_step, (params, jax.ShapeDtypeStruct((batch, 64), jnp.float32))
+
+
+def test_a_plan_in_microbatches_runs_and_says_so() -> None:
+    fn, args = mlp()
+    plan = autoshard.plan(fn, *args, cluster="cpu:8", microbatches=4)
+    numbers = random(args)
+    assert worst(plan.compile()(*numbers), jax.jit(fn)(*numbers)) < 1e-5
+    assert "in 4 microbatches" in str(plan)
+    again = autoshard.Plan.from_json(plan.to_json(), fn, *args)
+    assert worst(again.compile()(*numbers), jax.jit(fn)(*numbers)) < 1e-5
+    assert again.to_json() == plan.to_json()
+
+
+def test_the_decorator_takes_microbatches() -> None:
+    fn, args = mlp()
+    numbers = random(args)
+    step = autoshard.parallelize(fn, cluster="cpu:8", microbatches=2)
+    assert worst(step(*numbers), jax.jit(fn)(*numbers)) < 1e-5
+
+
+def test_memory_falls_and_auto_takes_what_fits() -> None:
+    fn, args = mlp(1 << 15)
+    peaks = [
+        autoshard.plan(fn, *args, cluster="h100:1", microbatches=m).cost.peak_memory
+        for m in (1, 4, 16)
+    ]
+    assert peaks[0] > 2 * peaks[1] > 2 * peaks[2]
+    limit = (peaks[0] + peaks[1]) / 2
+    plan = autoshard.plan(fn, *args, cluster="h100:1", microbatches="auto", memory_limit=limit)
+    assert plan.data.microbatches in (2, 4)
+    assert plan.cost.peak_memory <= limit
+    roomy = autoshard.plan(fn, *args, cluster="h100:1", microbatches="auto")
+    assert roomy.data.microbatches == 1
+
+
+def test_static_arguments_and_names() -> None:
+    def fn(scale: int, x: Any, *, y: Any, mode: str) -> Any:
+        return (x * y * scale).sum() if mode == "sum" else x
+
+    x = jnp.arange(8.0)
+    options = {"static_argnums": 0, "static_argnames": "mode"}
+    traced = trace(fn, 3, x, y=x, mode="sum", **options)
+    made, _ = in_microbatches(fn, traced, 4, options)
+    assert float(made(3, x, y=x, mode="sum")) == float((x * x * 3).sum())
+
+
+# What can not be
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, "two", True])
+def test_no_number_of_microbatches(count: Any) -> None:
+    fn, args = mlp()
+    with pytest.raises(ValueError, match="microbatches is a whole number from 1 on, or 'auto'"):
+        autoshard.plan(fn, *args, cluster="cpu:8", microbatches=count)
+
+
+def test_a_number_that_does_not_divide_names_the_nearest() -> None:
+    fn, args = mlp(24)
+    with pytest.raises(NoTimeLoop, match=r"24 .* cut into 7 .* nearest .* is 8|is 6"):
+        autoshard.plan(fn, *args, cluster="cpu:8", microbatches=7)
+
+
+def test_no_batch() -> None:
+    def fn(x: Any) -> Any:
+        return jnp.sort(x)
+
+    with pytest.raises(NoTimeLoop, match="fn has no batch dimension"):
+        autoshard.plan(fn, jnp.arange(8.0), cluster="cpu:8", microbatches=2)
+
+
+def test_nothing_runs_in_steps() -> None:
+    """A softmax over the batch couples everything."""
+
+    def fn(x: Any, w: Any) -> Any:
+        return jax.nn.softmax(x, axis=0) @ w
+
+    with pytest.raises(NoTimeLoop, match=r"nothing of fn .* test_microbatches.py"):
+        autoshard.plan(fn, jnp.ones((8, 4)), jnp.ones((4, 4)), cluster="cpu:8", microbatches=2)
