@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoshard.mesh import DevicesError
     from autoshard.targets import NoCompiler
     from passes.search import NoFeasiblePlan
+    from passes.time_loop import NoTimeLoop
 
 __all__ = [  # noqa: RUF022 (in plain order)
     "CalibrationError",
@@ -39,6 +40,7 @@ __all__ = [  # noqa: RUF022 (in plain order)
     "MeshError",
     "NoCompiler",
     "NoFeasiblePlan",
+    "NoTimeLoop",
     "OPEN",
     "Plan",
     "PlanError",
@@ -58,6 +60,7 @@ _LATER = {
     "DevicesError": "autoshard.mesh",
     "NoCompiler": "autoshard.targets",
     "NoFeasiblePlan": "passes.search",
+    "NoTimeLoop": "passes.time_loop",
     "Plan": "autoshard.api",
     "annotate": "autoshard.annotation",
     "audit": "autoshard.auditing",

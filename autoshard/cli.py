@@ -81,6 +81,7 @@ def plan_command(
     mesh: OnMesh = None,
     hint: Hints = None,
     solver: Solver = "ilp",
+    microbatches: cli_options.InMicrobatches = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     json: Annotated[
@@ -104,7 +105,7 @@ def plan_command(
     for file in (json, dump_problem):
         if file is not None:
             _check_writable(file)
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate)
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, microbatches)
     if json is not None:
         atomic_file.write(json, found.to_json())
     if dump_problem is not None:
@@ -133,6 +134,7 @@ def run_command(
     mesh: OnMesh = None,
     hint: Hints = None,
     solver: Solver = "ilp",
+    microbatches: cli_options.InMicrobatches = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     tolerance: Annotated[
@@ -167,6 +169,7 @@ def run_command(
             donate_argnums=tuple(donate or ()),
             memory_limit=memory_limit,
             solver=solver,
+            microbatches=cli_options.as_number(microbatches),
             progress=tell,
         )
     show("\n".join(head(found.data)) + "\n")
@@ -192,7 +195,7 @@ def compare_command(
 ) -> int:
     """Show the search beside every baseline."""
     del debug
-    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate)
+    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate, None)
     from passes.search import SOLVERS
 
     show(cli_tables.comparison(found.data, SOLVERS))
@@ -210,13 +213,14 @@ def explain_command(
     mesh: OnMesh = None,
     hint: Hints = None,
     solver: Solver = "ilp",
+    microbatches: cli_options.InMicrobatches = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     debug: Debug = False,
 ) -> int:
     """Say why a value is split so, and what else costs."""
     del debug
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate)
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, microbatches)
     with progress("explaining"):
         text = found.explain(glob)
     show(text)
@@ -231,6 +235,7 @@ def verify_command(
     mesh: OnMesh = None,
     hint: Hints = None,
     solver: Solver = "ilp",
+    microbatches: cli_options.InMicrobatches = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     top: Annotated[
@@ -244,7 +249,7 @@ def verify_command(
     from autoshard.virtual_devices import prepare_compiler
 
     hardware = prepare_compiler(cluster)
-    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate)
+    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate, microbatches)
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
@@ -406,6 +411,7 @@ def _plan(
     solver: str,
     memory_limit: str | None,
     donate: list[int] | None,
+    microbatches: str | None,
 ) -> Plan:
     """Load the target and plan it."""
     from cost_models.cluster import cluster as read_cluster
@@ -426,6 +432,7 @@ def _plan(
             donate_argnums=tuple(donate or ()),
             memory_limit=memory_limit,
             solver=solver,
+            microbatches=cli_options.as_number(microbatches),
             progress=tell,
         )
 

@@ -30,6 +30,7 @@ _MEANT_BY_NAME = frozenset(
         "HintUnmet",
         "NoCompiler",
         "NoFeasiblePlan",
+        "NoTimeLoop",
         "NotSharded",
         "PictureError",
         "ProblemError",
@@ -37,7 +38,7 @@ _MEANT_BY_NAME = frozenset(
     }
 )
 # Where plain ValueErrors and TypeErrors are sentences for the user too.
-_CHECKS = frozenset({"api.py", "jit_options.py", "units.py"})
+_CHECKS = frozenset({"api.py", "jit_options.py", "microbatches.py", "units.py"})
 
 _PACKAGES = Path(__file__).parent.parent
 

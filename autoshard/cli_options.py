@@ -69,6 +69,14 @@ Kept = Annotated[
     float,
     typer.Option("--kept", help="the part of activations that --weight needs", metavar="NUMBER"),
 ]
+InMicrobatches = Annotated[
+    str | None,
+    typer.Option(
+        "--microbatches",
+        help="cut the batch, one part after the other: how many, or auto",
+        metavar="NUMBER",
+    ),
+]
 Transfer = Annotated[
     float | None,
     typer.Option(
@@ -96,3 +104,8 @@ Trace = Annotated[
     Path | None,
     typer.Option("--trace", help="write it for ui.perfetto.dev, a .json file", metavar="OUT"),
 ]
+
+
+def as_number(text: str | None) -> int | str | None:
+    """A number where it is one."""
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
