@@ -48,6 +48,11 @@ def summarize(source_info: Any) -> str:
     return source_info_util.summarize(source_info)
 
 
+def is_backward(source_info: Any) -> bool:
+    """Whether jax made an equation by transposing a linear one: whether it is of a gradient."""
+    return any(getattr(p, "name", "") == "transpose" for p in source_info.name_stack.stack)
+
+
 def traced_at(eqn: Any) -> contextlib.AbstractContextManager[Any]:
     """Operations made inside have the equation's lines of the user's code, and its named scopes."""
     found = eqn.source_info

@@ -27,7 +27,7 @@ from passes.time_loop import TimeLoop
 
 def in_steps(traced: Traced, loop: TimeLoop) -> Callable[..., list[Any]]:
     """The function over flat arguments, in steps. traced: of which `loop` is the loop."""
-    program = _Program(traced, loop)
+    program = Program(traced, loop)
 
     def run(*flat: Any) -> list[Any]:
         return program.run(flat)
@@ -36,7 +36,7 @@ def in_steps(traced: Traced, loop: TimeLoop) -> Callable[..., list[Any]]:
 
 
 @dataclass(frozen=True)
-class _Equation:
+class Equation:
     """One equation of the outermost level, calls inlined; places number the values of all of them.
 
     ins: places, or Literals. eqn None: a barrier, which keeps XLA from merging what is computed
@@ -50,13 +50,13 @@ class _Equation:
     phase: str
 
 
-class _Program:
+class Program:
     """A traced function as a list of equations, with their phases, and how it runs."""
 
     def __init__(self, traced: Traced, loop: TimeLoop) -> None:
         self.loop, self.steps = loop, loop.steps
         self.ops: Mapping[Path, Op] = loop.by_path
-        self.equations: list[_Equation] = []
+        self.equations: list[Equation] = []
         self.views: list[View] = []  # by place
         self.avals: list[Any] = []  # of the whole value, by place
         self.consts: dict[int, Any] = {}
@@ -72,16 +72,19 @@ class _Program:
     # equations
 
     def place(self, view: View, aval: Any) -> int:
+        """A new place for a value that is seen so."""
         self.views.append(view)
         self.avals.append(aval)
         return len(self.views) - 1
 
     def add_consts(self, jaxpr: Any, consts: Sequence[Any], scope: dict[Any, Any]) -> None:
+        """Places for the constants of a body."""
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             scope[var] = self.place(WHOLE, var.aval)
             self.consts[scope[var]] = value
 
     def flatten(self, jaxpr: Any, scope: dict[Any, Any], path: Path) -> None:
+        """Add the equations of a body. scope: the places of its variables."""
         for i, eqn in enumerate(jaxpr.eqns):
             here, name = (*path, i), eqn.primitive.name
             ins = tuple(_place(v, scope) for v in eqn.invars)
@@ -102,7 +105,7 @@ class _Program:
             views = self.result_views(eqn, here)
             outs = tuple(self.place(w, v.aval) for w, v in zip(views, eqn.outvars, strict=True))
             scope.update(zip(eqn.outvars, outs, strict=True))
-            self.equations.append(_Equation(eqn, here, ins, outs, self.loop.phases[here]))
+            self.equations.append(Equation(eqn, here, ins, outs, self.loop.phases[here]))
 
     def barrier(self, ins: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
         """New places for what lives in the loop; what is there before or after it stays."""
@@ -111,10 +114,11 @@ class _Program:
         self.views += [self.views[p] for p in new]
         self.avals += [self.avals[p] for p in new]
         if new:
-            self.equations.append(_Equation(None, path, tuple(new), tuple(new.values()), "loop"))
+            self.equations.append(Equation(None, path, tuple(new), tuple(new.values()), "loop"))
         return tuple(new.get(p, p) if isinstance(p, int) else p for p in ins)
 
     def result_views(self, eqn: Any, path: Path) -> list[View]:
+        """How a step sees the results of an equation."""
         op = self.ops.get(path)
         if op is not None:
             return [self.loop.views[v] for v in op.outputs]
@@ -124,9 +128,19 @@ class _Program:
     # the run
 
     def run(self, flat: Sequence[Any]) -> list[Any]:
+        """The function's results, flat."""
+        env = self.ahead(flat)
+        self.in_steps(env)
+        return self.results(env)
+
+    def ahead(self, flat: Sequence[Any]) -> dict[int, Any]:
+        """Values by place, before the loop."""
         env: dict[int, Any] = {**self.consts, **dict(zip(self.inputs, flat, strict=True))}
         self.outside(env, "before")
-        self.in_steps(env)
+        return env
+
+    def results(self, env: dict[int, Any]) -> list[Any]:
+        """The results, once all is there that the loop makes."""
         self.outside(env, "after")
         return [p.val if isinstance(p, Literal) else env[p] for p in self.outputs]
 
@@ -150,7 +164,7 @@ class _Program:
 
         def body(carry: Any, sliced: Any) -> Any:
             time, *held = carry
-            local = self.one_step(inside, env, dict(zip(parts, sliced, strict=True)), time)
+            local = self.one_step(inside, env, dict(zip(parts, sliced, strict=True)), time, {})
             summed = [
                 x + local[p].astype(x.dtype) if self.views[p] is PARTIAL else local[p]
                 for p, x in zip(sums, held, strict=True)
@@ -158,7 +172,7 @@ class _Program:
             return (time + 1, *summed), [local[p] for p in stacks]
 
         xs = [parts_of(env[p], part, self.steps) for p, part in parts]
-        start = [jnp.zeros(self.avals[p].shape, _wide(self.avals[p].dtype)) for p in sums]
+        start = [jnp.zeros(self.avals[p].shape, wide(self.avals[p].dtype)) for p in sums]
         held, stacked = lax.scan(body, (jnp.int32(0), *start), xs, length=self.steps)
         for p, x in zip(sums, held[1:], strict=True):
             env[p] = x.astype(self.avals[p].dtype)
@@ -167,7 +181,7 @@ class _Program:
             assert isinstance(view, Split)
             env[p] = whole_of(x, view, self.avals[p].shape)
 
-    def parts(self, inside: Sequence[_Equation]) -> list[tuple[int, Split]]:
+    def parts(self, inside: Sequence[Equation]) -> list[tuple[int, Split]]:
         """What of the values outside the loop each step takes a part of."""
         made = {p for e in inside for p in e.outs}
         out: dict[tuple[int, Split], None] = {}
@@ -178,7 +192,7 @@ class _Program:
                     out[p, part] = None
         return list(out)
 
-    def part(self, e: _Equation, k: int) -> Split | None:
+    def part(self, e: Equation, k: int) -> Split | None:
         """The part that an equation takes of an operand; None for all of it."""
         p = e.ins[k]
         if isinstance(p, int) and isinstance(view := self.views[p], Split):
@@ -191,13 +205,14 @@ class _Program:
 
     def one_step(
         self,
-        inside: Sequence[_Equation],
+        inside: Sequence[Equation],
         env: Mapping[int, Any],
         parts: Mapping[tuple[int, Split], Any],
         time: Any,
+        known: Mapping[int, Any],
     ) -> dict[int, Any]:
-        """All values that a step makes."""
-        step, local = Step(self.loop, time), dict[int, Any]()
+        """All values that these equations make in a step. known: what others made of it."""
+        step, local = Step(self.loop, time), dict(known)
         for e in inside:
             operands = [self.operand(e, k, env, parts, local) for k in range(len(e.ins))]
             if e.eqn is None:
@@ -210,12 +225,13 @@ class _Program:
 
     def operand(
         self,
-        e: _Equation,
+        e: Equation,
         k: int,
         env: Mapping[int, Any],
         parts: Mapping[tuple[int, Split], Any],
         local: Mapping[int, Any],
     ) -> Any:
+        """An operand of an equation, as this step has it."""
         p = e.ins[k]
         if isinstance(p, Literal):
             return p.val
@@ -234,7 +250,7 @@ def _place(atom: Any, scope: Mapping[Any, Any]) -> Any:
     return atom if isinstance(atom, Literal) else scope[atom]
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
     """The type in which to add up: float32 for shorter floats."""
     short = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
     return jnp.float32 if short else dtype

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import passes.rules  # noqa: F401  (registers the hand-written rules)
-from autoshard.jax_compat import Literal, open_jaxpr, scan_counts
+from autoshard.jax_compat import Literal, is_backward, open_jaxpr, scan_counts
 from autoshard.jit_options import static_places
 from autoshard.shardy import shardy_rule
 from autoshard.signature import signature, type_of
@@ -50,7 +50,7 @@ class Traced:
     result. in_avals: flat avals. donated: per flat argument. required_mesh: axis sizes that a
     `shard_map` inside demands, or None. same: paths of equations left out of the graph because the
     equation at another path computes the same. deciders: by the path of a branch or a while loop,
-    the value that decides it.
+    the value that decides it. backward: paths of the equations that a gradient added.
     """
 
     graph: Graph
@@ -62,6 +62,7 @@ class Traced:
     required_mesh: Mapping[str, int] | None
     same: Mapping[Path, Path] = field(default_factory=dict)
     deciders: Mapping[Path, int] = field(default_factory=dict)
+    backward: frozenset[Path] = frozenset()
 
 
 def trace(
@@ -124,6 +125,7 @@ def trace(
         donated,
         builder.required_mesh,
         deciders=builder.deciders,
+        backward=frozenset(builder.backward),
     )
 
 
@@ -168,6 +170,8 @@ class _Builder:
         self.notes: list[str] = []
         self.required_mesh: Mapping[str, int] | None = None
         self.deciders: dict[Path, int] = {}
+        self.backward: set[Path] = set()
+        self._in_backward = False
         self._rules: dict[Any, tuple[Rule, str]] = {}
         self._caller = ""  # where the call stands whose body is being walked
         self._literals: dict[Any, int] = {}
@@ -255,14 +259,18 @@ class _Builder:
 
     def body(self, eqn: Any, jaxpr: Any, env: dict[Any, int], path: Path, region: int) -> None:
         """Walk the body of an equation; jax traces library functions once for all their callers."""
-        outside, self._caller = self._caller, source_of(eqn.source_info, self._caller)
+        outside = self._caller, self._in_backward
+        self._caller = source_of(eqn.source_info, self._caller)
+        self._in_backward = self._in_backward or is_backward(eqn.source_info)
         self.walk(jaxpr, env, path, region)
-        self._caller = outside
+        self._caller, self._in_backward = outside
 
     def walk(self, jaxpr: Any, env: dict[Any, int], path: Path, region: int) -> None:
         for i, eqn in enumerate(jaxpr.eqns):
             name = eqn.primitive.name
             here = (*path, i)
+            if self._in_backward or is_backward(eqn.source_info):
+                self.backward.add(here)
             if name in INLINED:
                 self._inline(eqn, eqn.params[INLINED[name]], env, here, region)
             elif name == "scan":

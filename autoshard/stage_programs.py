@@ -1,0 +1,178 @@
+"""One program for each task of each stage: `stage_programs(program, stages)`.
+
+A task's program takes what other tasks have made of the same microbatch, what lies on the stage for
+all of them (weights, all parts of the batch), and the sums so far; it gives what other tasks need,
+and the sums with its own summands added. jax compiles it for the devices of the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autoshard.step import parts_of
+from autoshard.time_loop import Equation, Program, wide
+from passes.stages import Stages
+from passes.time_axis import PARTIAL, Split
+
+Part = tuple[int, Split]
+
+
+@dataclass(frozen=True)
+class TaskProgram:
+    """The equations of one kind of task on one stage.
+
+    outside: places that lie on the stage. parts: of which it takes a part. ins: places that other
+    tasks make. outs: places that others need. sums: places that are added up; kept: of which the
+    last microbatch's is needed; stacks: of which all are.
+    """
+
+    stage: int
+    kind: str
+    equations: tuple[Equation, ...]
+    outside: tuple[int, ...]
+    parts: tuple[Part, ...]
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    sums: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StagePrograms:
+    """All tasks, by stage and kind; and what each stage has to have before the first."""
+
+    program: Program
+    tasks: Mapping[tuple[int, str], TaskProgram]
+    after: tuple[int, ...]  # places that what comes after the loop needs of it
+
+    def prepare(self, stage: int) -> Callable[..., tuple[list[Any], list[Any], list[Any]]]:
+        """From flat arguments to what lies on a stage: whole values, parts, and sums of nothing."""
+        own = [t for (s, _), t in self.tasks.items() if s == stage]
+        program = self.program
+        outside, parts, sums = outside_of(own), parts_of_tasks(own), sums_of(own)
+
+        def run(*flat: Any) -> tuple[list[Any], list[Any], list[Any]]:
+            env = program.ahead(flat)
+            zeros = [program.avals[p] for p in sums]
+            return (
+                [env[p] for p in outside],
+                [parts_of(env[p], part, program.steps) for p, part in parts],
+                [jnp.zeros(a.shape, wide(a.dtype)) for a in zeros],
+            )
+
+        return run
+
+
+def outside_of(tasks: Sequence[TaskProgram]) -> list[int]:
+    """Places that tasks of a stage take as they are."""
+    return list(dict.fromkeys(p for t in tasks for p in t.outside))
+
+
+def parts_of_tasks(tasks: Sequence[TaskProgram]) -> list[Part]:
+    """Places of which tasks of a stage take a part."""
+    return list(dict.fromkeys(p for t in tasks for p in t.parts))
+
+
+def sums_of(tasks: Sequence[TaskProgram]) -> list[int]:
+    """Places that tasks of a stage add up."""
+    return [p for t in tasks for p in t.sums]
+
+
+def stage_programs(program: Program, stages: Stages) -> StagePrograms:
+    """The tasks of a program that runs in microbatches."""
+    inside = [e for e in program.equations if e.phase == "loop"]
+    alias: dict[int, int] = {}  # a barrier's results: nothing merges over different programs
+    for e in inside:
+        if e.eqn is None:
+            alias.update(zip(e.outs, e.ins, strict=True))
+    inside = [_through(e, alias) for e in inside if e.eqn is not None]
+    after = tuple(dict.fromkeys(alias.get(p, p) for p in program.needed_after()))
+    owner = {p: stages_key(stages, e) for e in inside for p in e.outs}
+    by_task: dict[tuple[int, str], list[Equation]] = {}
+    for e in inside:
+        by_task.setdefault(stages_key(stages, e), []).append(e)
+    users: dict[int, set[tuple[int, str]]] = {}
+    for e in inside:
+        for p in e.ins:
+            if isinstance(p, int) and p in owner and owner[p] != stages_key(stages, e):
+                users.setdefault(p, set()).add(stages_key(stages, e))
+    tasks = {
+        key: _task(program, key, own, owner, users, after) for key, own in sorted(by_task.items())
+    }
+    return StagePrograms(program, tasks, tuple(p for p in after if p in owner))
+
+
+def stages_key(stages: Stages, e: Equation) -> tuple[int, str]:
+    """Stage and kind of an equation."""
+    return stages.stage[e.path], stages.kind[e.path]
+
+
+def _through(e: Equation, alias: Mapping[int, int]) -> Equation:
+    def real(p: Any) -> Any:
+        while isinstance(p, int) and p in alias:
+            p = alias[p]
+        return p
+
+    return Equation(e.eqn, e.path, tuple(map(real, e.ins)), e.outs, e.phase)
+
+
+def _task(
+    program: Program,
+    key: tuple[int, str],
+    equations: Sequence[Equation],
+    owner: Mapping[int, tuple[int, str]],
+    users: Mapping[int, set[tuple[int, str]]],
+    after: Sequence[int],
+) -> TaskProgram:
+    made = [p for e in equations for p in e.outs]
+    own = set(made)
+    outside, parts, ins = dict[int, None](), dict[Part, None](), dict[int, None]()
+    for e in equations:
+        for k, p in enumerate(e.ins):
+            if not isinstance(p, int) or p in own:
+                continue
+            part = program.part(e, k)
+            if p in owner:
+                ins[p] = None
+            elif part is None:
+                outside[p] = None
+            else:
+                parts[p, part] = None
+    needed = set(after)
+    sums = [p for p in made if p in needed and program.views[p] is PARTIAL]
+    others = [p for p in made if p in users or (p in needed and p not in sums)]
+    return TaskProgram(
+        *key,
+        tuple(equations),
+        tuple(outside),
+        tuple(parts),
+        tuple(ins),
+        tuple(others),
+        tuple(sums),
+    )
+
+
+def run_task(
+    program: Program,
+    task: TaskProgram,
+    time: jax.Array,
+    outside: Sequence[Any],
+    parts: Sequence[Any],
+    ins: Sequence[Any],
+    sums: Sequence[Any],
+) -> tuple[list[Any], list[Any]]:
+    """What a task gives, and the sums with its own. parts: all of them, by microbatch."""
+    taken = [jax.lax.dynamic_index_in_dim(x, time, keepdims=False) for x in parts]
+    local = program.one_step(
+        task.equations,
+        dict(zip(task.outside, outside, strict=True)),
+        dict(zip(task.parts, taken, strict=True)),
+        time,
+        dict(zip(task.ins, ins, strict=True)),
+    )
+    added = [x + local[p].astype(x.dtype) for p, x in zip(task.sums, sums, strict=True)]
+    return [local[p] for p in task.outs], added

@@ -1,0 +1,159 @@
+"""Which device of a pipeline does what?  `stages_of(loop, backward, count) -> Stages`.
+
+The loop over microbatches is cut into stages. Its forward equations are cut in program order, where
+little crosses, into runs of about as many FLOPs. What a gradient added follows the forward part
+backwards: an equation of it lies in the stage whose weights and activations it takes, never in a
+later one than the cotangents that it takes come from, so that these go down the stages only.
+
+In each stage the equations are (Qi et al., arXiv 2401.10241, section 2):
+
+  F  forward
+  B  backward, and needed by a stage before
+  W  backward, and needed by none: the gradients of the stage's weights
+
+which reachability tells, for any function. The first stage has nobody before: all of it is B.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from passes.ir.graph import Op
+from passes.time_loop import Path, TimeLoop, unit_path
+
+_NEAR = 0.3  # of a stage's FLOPs: as far from its even share as a cut may lie
+
+
+class NoStages(ValueError):
+    """A function that can not be cut into so many stages; the sentence says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Per equation of the loop, by its path: its stage, and its kind of task, "F", "B" or "W".
+
+    flops: per stage those of each kind.
+    """
+
+    count: int
+    stage: Mapping[Path, int]
+    kind: Mapping[Path, str]
+    flops: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    path: Path
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flops: float
+
+
+def stages_of(loop: TimeLoop, backward: Collection[Path], count: int) -> Stages:
+    """The stages of a loop. backward: paths of equations that a gradient added.
+
+    Raises NoStages where there are fewer equations than stages.
+    """
+    units = _units(loop)
+    forward = [u for u in units if u.path not in backward]
+    back = [u for u in units if u.path in backward]
+    stage = _cut(loop, forward, back, count)
+    _follow(forward, back, stage, count)
+    kind = dict.fromkeys((u.path for u in forward), "F") | _kinds(back, stage)
+    flops = [dict.fromkeys("FBW", 0.0) for _ in range(count)]
+    for u in units:
+        flops[stage[u.path]][kind[u.path]] += u.flops
+    return Stages(count, stage, kind, tuple(flops))
+
+
+def _units(loop: TimeLoop) -> list[_Unit]:
+    """The equations of the loop, calls inlined."""
+    graph, by_path = loop.graph, dict[Path, list[Op]]()
+    for op in graph.ops:
+        path = unit_path(op)
+        if loop.phases[path] == "loop":
+            by_path.setdefault(path, []).append(op)
+    out = []
+    for path, ops in by_path.items():
+        made = {v for op in ops for v in op.outputs}
+        inputs = tuple(dict.fromkeys(v for op in ops for v in op.inputs if v not in made))
+        flops = sum(op.rule.flops * graph.trips(op.region) for op in ops)
+        out.append(_Unit(path, inputs, tuple(made), flops))
+    return out
+
+
+def _cut(
+    loop: TimeLoop, forward: Sequence[_Unit], back: Sequence[_Unit], count: int
+) -> dict[Path, int]:
+    """Forward equations in runs of about as many FLOPs, cut where the fewest bytes cross.
+
+    Not where something crosses that is computed again: all of that part would be, on one side.
+    """
+    if len(forward) < count:
+        raise NoStages(
+            f"{loop.graph.name} has {len(forward)} forward operations in its loop: too few for "
+            f"{count} stages"
+        )
+    done = list(itertools.accumulate(u.flops for u in forward))
+    crossing = _crossing(forward, {v.id: v.type.nbytes for v in loop.graph.values})
+    kept = {v for u in back for v in u.inputs}
+    again = _crossing(forward, {v.id: int(v.id not in kept) for v in loop.graph.values})
+    cuts, share = [0], done[-1] / count
+    for k in range(1, count):
+        last = len(forward) - (count - k)
+        near = [
+            i
+            for i in range(cuts[-1] + 1, last + 1)
+            if abs(done[i - 1] - k * share) <= _NEAR * share
+        ] or [min(range(cuts[-1] + 1, last + 1), key=lambda i: abs(done[i - 1] - k * share))]
+        cuts.append(
+            min(near, key=lambda i: (again[i], crossing[i], abs(done[i - 1] - k * share), i))
+        )
+    bounds = [*cuts, len(forward)]
+    return {u.path: s for s in range(count) for u in forward[bounds[s] : bounds[s + 1]]}
+
+
+def _crossing(forward: Sequence[_Unit], weight: Mapping[int, int]) -> list[int]:
+    """The weight of what crosses from the first i forward equations to the rest, for each i."""
+    made = {v: i for i, u in enumerate(forward) for v in u.outputs}
+    change = [0] * (len(forward) + 1)
+    last = {v: i for i, u in enumerate(forward) for v in u.inputs if v in made}
+    for v, i in last.items():
+        change[made[v] + 1] += weight[v]
+        change[i + 1] -= weight[v]
+    return list(itertools.accumulate(change))
+
+
+def _follow(
+    forward: Sequence[_Unit], back: Sequence[_Unit], stage: dict[Path, int], count: int
+) -> None:
+    """Backward equations go where what they take lies, and never up."""
+    homes: dict[int, set[int]] = {}
+    for u in forward:
+        for v in (*u.inputs, *u.outputs):
+            homes.setdefault(v, set()).add(stage[u.path])
+    made: dict[int, int] = {}
+    for u in back:
+        top = min((made[v] for v in u.inputs if v in made), default=count - 1)
+        known = [homes[v] for v in u.inputs if v in homes and v not in made]
+        below = [max(h for h in at if h <= top) for at in known if min(at) <= top]
+        stage[u.path] = max(below, default=top)
+        made.update(dict.fromkeys(u.outputs, stage[u.path]))
+
+
+def _kinds(back: Sequence[_Unit], stage: Mapping[Path, int]) -> dict[Path, str]:
+    """B where a stage before needs it, W where none does."""
+    wanted: set[int] = set()  # values that reach a stage before the one they are made in
+    readers: dict[int, set[int]] = {}
+    kind = {}
+    for u in reversed(back):
+        own = stage[u.path]
+        needed = any(v in wanted or any(s < own for s in readers.get(v, ())) for v in u.outputs)
+        kind[u.path] = "B" if needed or own == 0 else "W"
+        for v in u.inputs:
+            readers.setdefault(v, set()).add(own)
+            if needed:
+                wanted.add(v)
+    return kind
