@@ -1,0 +1,251 @@
+"""A train step over the stages of a pipeline gives the numbers of the step as it is.
+
+Whatever the schedule, the number of stages and the model; a stage runs on one device, or is split
+over two. The oracle is the function itself, run by jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from jax import lax
+
+from autoshard.controller import Controller
+from autoshard.microbatches import batch_of
+from autoshard.trace import Traced, trace
+from passes.pipeline import both_ways, generators, offload, vee
+from passes.pipeline.schedule import Schedule
+from passes.stages import NoStages, stages_of
+from passes.time_loop import TimeLoop, microbatch_loop, unit_path
+
+Job = tuple[Callable[..., Any], Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_a_hurry() -> Iterator[None]:
+    """These programs run once: XLA need not make them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def training(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> Job:
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, eps=1e-3))
+
+    def train_step(state: Any, batch: Any) -> Any:
+        params, opt = state
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt = tx.update(grads, opt, params)
+        return (optax.apply_updates(params, updates), opt), value
+
+    return train_step, ((params, jax.eval_shape(tx.init, params)), batch)
+
+
+def gpt() -> Job:
+    return zoo.gpt(width=16, layers=8, heads=2, sequence=8, batch=16, vocab=32)
+
+
+def gpt_remat() -> Job:
+    return zoo.gpt(width=16, layers=4, heads=2, sequence=8, batch=16, vocab=32, remat=True)
+
+
+def encoder_decoder() -> Job:
+    """The encoder's result goes to every layer of the decoder."""
+    shapes = {k: jax.ShapeDtypeStruct((16, 16), jnp.float32) for k in ("q", "k", "v", "o")}
+    params = {"encoder": [shapes] * 3, "decoder": [[shapes, shapes]] * 3}
+
+    def attend(p: Any, x: Any, y: Any) -> Any:
+        weights = jax.nn.softmax((x @ p["q"]) @ jnp.swapaxes(y @ p["k"], 1, 2))
+        return x + jnp.tanh(weights @ (y @ p["v"])) @ p["o"]
+
+    def loss(params: Any, batch: Any) -> Any:
+        source, target = batch
+        for p in params["encoder"]:
+            source = attend(p, source, source)
+        x = target
+        for own, cross in params["decoder"]:
+            x = attend(cross, attend(own, x, x), source)
+        return jnp.mean((x - target) ** 2)
+
+    x = jax.ShapeDtypeStruct((16, 6, 16), jnp.float32)
+    return training(loss, params, (x, x))
+
+
+def unet() -> Job:
+    """What goes down is added to what comes up, over all stages in between."""
+    conv = jax.ShapeDtypeStruct((3, 3, 4, 4), jnp.float32)
+    params = {"down": [conv] * 3, "up": [conv] * 3}
+
+    def convolve(x: Any, w: Any) -> Any:
+        out = lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(out)
+
+    def loss(params: Any, images: Any) -> Any:
+        x, skipped = images, []
+        for w in params["down"]:
+            x = convolve(x, w)
+            skipped.append(x)
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+        for w in params["up"]:
+            x = jax.image.resize(x, skipped[-1].shape, "nearest")
+            x = convolve(jnp.concatenate([x, skipped.pop()], -1)[..., ::2], w)
+        return jnp.mean((x - images) ** 2)
+
+    return training(loss, params, jax.ShapeDtypeStruct((16, 8, 8, 4), jnp.float32))
+
+
+def mixture_of_experts() -> Job:
+    """Top-1 of three experts, tokens sent to them by one-hot products."""
+    layer = {
+        "gate": jax.ShapeDtypeStruct((8, 3), jnp.float32),
+        "up": jax.ShapeDtypeStruct((3, 8, 16), jnp.float32),
+        "down": jax.ShapeDtypeStruct((3, 16, 8), jnp.float32),
+    }
+
+    def moe(p: Any, x: Any) -> Any:
+        scores = jax.nn.softmax(x @ p["gate"])
+        mask = jax.nn.one_hot(scores.argmax(-1), 3)
+        hidden = jax.nn.relu(jnp.einsum("bsd,bse,edh->bseh", x, mask, p["up"]))
+        return x + jnp.einsum("bseh,ehd,bse->bsd", hidden, p["down"], scores * mask)
+
+    def loss(params: Any, x: Any) -> Any:
+        y = x
+        for p in params:
+            y = moe(p, y)
+        return jnp.mean((y - jnp.roll(x, 1, 1)) ** 2)
+
+    return training(loss, [layer] * 4, jax.ShapeDtypeStruct((16, 4, 8), jnp.float32))
+
+
+MODELS = {f.__name__: f for f in (gpt, gpt_remat, encoder_decoder, unet, mixture_of_experts)}
+
+
+@cache
+def case(name: str) -> tuple[Traced, TimeLoop, list[Any], list[Any]]:
+    """A model traced, in eight microbatches, its arguments and its results."""
+    fn, shapes = MODELS[name]()
+    rng = np.random.default_rng(0)
+
+    def filled(x: Any) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, 7, x.shape), x.dtype)
+        return jnp.asarray(rng.standard_normal(x.shape) * 0.2, x.dtype)
+
+    args = jax.tree.map(filled, shapes)
+    args = jax.tree.map(lambda x: jnp.abs(x) if x.ndim else x * 0, args)  # second moments
+    traced = trace(fn, *args)
+    loop = microbatch_loop(traced.graph, batch_of(traced), 8, traced.deciders)
+    return traced, loop, jax.tree.leaves(args), jax.tree.leaves(jax.jit(fn)(*args))
+
+
+def worst(got: list[Any], want: list[Any]) -> float:
+    out = 0.0
+    for x, y in zip(got, want, strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        out = max(out, float(np.abs(a - b).max(initial=0) / (1e-3 + np.abs(b).max(initial=0))))
+    return out
+
+
+def check(name: str, schedule: Schedule, each: int = 1) -> None:
+    traced, loop, flat, want = case(name)
+    stages = stages_of(loop, traced.backward, schedule.pieces)
+    devices = jax.devices()
+    split = [devices[d * each : (d + 1) * each] for d in range(schedule.devices)]
+    assert worst(Controller(traced, loop, stages, schedule, split)(*flat), want) < 1e-4
+
+
+SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": generators.gpipe,
+    "1f1b": generators.one_f_one_b,
+    "eager": generators.eager,
+    "interleaved": partial(generators.interleaved, chunks=2),
+    "2bp": generators.two_bp,
+    "zb_h1": generators.zb_h1,
+    "zb_h2": generators.zb_h2,
+    "v_min": vee.v_min,
+    "v_half": vee.v_half,
+    "zb_v": vee.zb_v,
+    "dualpipe": both_ways.dualpipe,
+    "bitpipe": both_ways.bitpipe,
+    "offload": offload.pipe_offload,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_gives_the_numbers(schedule: str) -> None:
+    check("gpt", SCHEDULES[schedule](4, 8))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_model_gives_the_numbers(model: str, devices: int) -> None:
+    check(model, generators.zb_h1(devices, 8), each=2)
+
+
+def test_eight_stages() -> None:
+    check("gpt", generators.zb_h2(8, 8))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_operation_lies_in_one_stage_and_work_goes_one_way(model: str, count: int) -> None:
+    """F never waits for a later stage, B and W never for an earlier one; nothing waits for W."""
+    traced, loop, _, _ = case(model)
+    stages = stages_of(loop, traced.backward, count)
+    inside = {path for path, phase in loop.phases.items() if phase == "loop"}
+    assert stages.stage.keys() == stages.kind.keys() == inside
+    assert set(stages.stage.values()) == set(range(count))
+    made = {v: unit_path(op) for op in loop.graph.ops for v in op.outputs}
+    for op in loop.graph.ops:
+        here = unit_path(op)
+        for v in op.inputs:
+            there = made.get(v)
+            if here not in inside or there not in inside or there == here:
+                continue
+            before, after = stages.stage[there], stages.stage[here]
+            kinds = stages.kind[there] + stages.kind[here]
+            if kinds == "FF":
+                assert before <= after
+            elif kinds[0] != "F":
+                assert before >= after
+                assert kinds[1] != "F"
+                assert kinds == "WW" or kinds[0] == "B"
+    total = sum(sum(each.values()) for each in stages.flops)
+    wanted = sum(
+        op.rule.flops * loop.graph.trips(op.region)
+        for op in loop.graph.ops
+        if unit_path(op) in inside
+    )
+    assert total == pytest.approx(wanted)
+
+
+def test_stages_of_a_gpt_are_even() -> None:
+    """Layers alike: forward, backward and weights cost about the same, in each stage alike."""
+    traced, loop, _, _ = case("gpt")
+    stages = stages_of(loop, traced.backward, 4)
+    forward = [each["F"] for each in stages.flops]
+    assert max(forward) < 1.5 * min(forward)
+    for each in stages.flops[1:]:
+        assert each["W"] == pytest.approx(each["F"], rel=0.4)
+        assert each["B"] == pytest.approx(each["F"], rel=0.4)
+
+
+def test_more_stages_than_there_is_to_do() -> None:
+    def fn(w: Any, x: Any) -> Any:
+        return jax.value_and_grad(lambda w: jnp.sum(x @ w))(w)
+
+    traced = trace(fn, jnp.ones((4, 4)), jnp.ones((8, 4)))
+    loop = microbatch_loop(traced.graph, batch_of(traced), 2, traced.deciders)
+    with pytest.raises(NoStages, match=r"fn has \d+ forward operations .* too few for 9 stages"):
+        stages_of(loop, traced.backward, 9)
