@@ -25,6 +25,8 @@ from autoshard.trace import Traced, trace
 from passes.time_axis import Split
 from passes.time_loop import TimeLoop, time_loop
 
+pytestmark = pytest.mark.slow
+
 
 def load_cases() -> Any:
     spec = importlib.util.spec_from_file_location("programs", Path(__file__).parent / "programs.py")
@@ -39,12 +41,20 @@ def load_cases() -> Any:
 CASES = load_cases()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _in_a_hurry() -> Iterator[None]:
+    """These programs run once: XLA need not make them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def loops(traced: Traced) -> Iterator[TimeLoop]:
-    """A loop of two steps for each dim of each input, one after the other or in between."""
+    """A loop of two steps for each dim of each input, halves or every other element of it."""
     graph = traced.graph
     for v in graph.inputs:
         for d, n in enumerate(graph.values[v].shape):
-            for low in sorted({1, n // 2}) if n and n % 2 == 0 else ():
+            for low in sorted({1, n // 2} if d == 0 else {n // 2}) if n and n % 2 == 0 else ():
                 yield time_loop(graph, {v: Split(d, low)}, 2, traced.deciders)
 
 
