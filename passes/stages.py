@@ -60,7 +60,8 @@ def stages_of(loop: TimeLoop, backward: Collection[Path], count: int) -> Stages:
     forward = [u for u in units if u.path not in backward]
     back = [u for u in units if u.path in backward]
     stage = _cut(loop, forward, back, count)
-    _follow(forward, back, stage, count)
+    placed = {v.id for v in loop.graph.values if v.type.size > 1 and v.kind != "literal"}
+    _follow(forward, back, stage, count, placed)
     kind = dict.fromkeys((u.path for u in forward), "F") | _kinds(back, stage)
     flops = [dict.fromkeys("FBW", 0.0) for _ in range(count)]
     for u in units:
@@ -127,9 +128,13 @@ def _crossing(forward: Sequence[_Unit], weight: Mapping[int, int]) -> list[int]:
 
 
 def _follow(
-    forward: Sequence[_Unit], back: Sequence[_Unit], stage: dict[Path, int], count: int
+    forward: Sequence[_Unit],
+    back: Sequence[_Unit],
+    stage: dict[Path, int],
+    count: int,
+    placed: Collection[int],
 ) -> None:
-    """Backward equations go where what they take lies, and never up."""
+    """Backward equations go where what they take lies, and never up. placed: arrays."""
     homes: dict[int, set[int]] = {}
     for u in forward:
         for v in (*u.inputs, *u.outputs):
@@ -137,9 +142,11 @@ def _follow(
     made: dict[int, int] = {}
     for u in back:
         top = min((made[v] for v in u.inputs if v in made), default=count - 1)
-        known = [homes[v] for v in u.inputs if v in homes and v not in made]
-        below = [max(h for h in at if h <= top) for at in known if min(at) <= top]
-        stage[u.path] = max(below, default=top)
+        known = [homes[v] for v in u.inputs if v in homes and v in placed and v not in made]
+        below = [{h for h in at if h <= top} for at in known if min(at) <= top]
+        # Where all of it lies, of masks and the like that lie everywhere; else where the last does.
+        both = set.intersection(*below) if below else {top}
+        stage[u.path] = max(both or set.union(*below))
         made.update(dict.fromkeys(u.outputs, stage[u.path]))
 
 
