@@ -9,15 +9,16 @@ a piece are a slice of the stacked ones. `in_pieces(traced, count)` gives the fu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts, traced_at
-from autoshard.trace import INLINED, Traced
+from autoshard.jax_compat import open_jaxpr, scan_counts
+from autoshard.rewalk import Rewalk
+from autoshard.trace import INLINED, Path, Traced
 
 
 def in_pieces(traced: Traced, count: int) -> Callable[..., list[Any]]:
@@ -65,32 +66,21 @@ def _joined(x: Any) -> Any:
     return jnp.concatenate(x.parts) if isinstance(x, _Pieces) else x
 
 
-class _Walker:
+class _Walker(Rewalk):
     """Computes a jaxpr with its scans of that length in pieces."""
 
     def __init__(self, length: int, at: Sequence[int]) -> None:
         self.length, self.at = length, at
         self.cut: dict[int, tuple[Any, _Pieces]] = {}  # arrays live with their ids
 
-    def walk(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """The results of a jaxpr, arrays or pieces of arrays."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            operands = [_read(v, env) for v in eqn.invars]
-            with traced_at(eqn):
-                env.update(zip(eqn.outvars, self.equation(eqn, operands), strict=True))
-        return [_read(v, env) for v in jaxpr.outvars]
-
-    def equation(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        """The results of one equation."""
+    def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
+        """Arrays, or pieces of arrays."""
         name = eqn.primitive.name
-        if name in INLINED:
-            inner, consts = open_jaxpr(eqn.params[INLINED[name]])
-            return self.walk(inner, consts, operands)
         if name == "scan" and eqn.params["length"] == self.length > 1 < len(self.at) - 1:
             return self.scan(eqn, operands)
-        return bind(eqn, [_joined(x) for x in operands])
+        if name not in INLINED:
+            operands = [_joined(x) for x in operands]
+        return super().equation(eqn, operands, path)
 
     def scan(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         """One scan after the other, the last layers first where it is reversed."""
@@ -99,10 +89,9 @@ class _Walker:
         consts = [_joined(x) for x in operands[:n_consts]]
         carry = [_joined(x) for x in operands[n_consts : n_consts + n_carry]]
         xs = [self.pieces(x) for x in operands[n_consts + n_carry :]]
-        whole = _Walker(0, ())
 
         def body(carry: Any, sliced: Any) -> Any:
-            outs = whole.walk(inner, body_consts, [*consts, *carry, *sliced])
+            outs = Rewalk().walk(inner, body_consts, [*consts, *carry, *sliced])
             return outs[:n_carry], outs[n_carry:]
 
         order = range(len(self.at) - 1)
@@ -121,7 +110,3 @@ class _Walker:
             ends = itertools.pairwise(self.at)
             self.cut[id(x)] = x, _Pieces(tuple(lax.slice_in_dim(x, a, b) for a, b in ends))
         return self.cut[id(x)][1]
-
-
-def _read(atom: Any, env: Mapping[Any, Any]) -> Any:
-    return atom.val if isinstance(atom, Literal) else env[atom]
