@@ -371,7 +371,7 @@ def schedule_command(
     weight: cli_options.Weight,
     comm: cli_options.Comm = 0.0,
     chunks: cli_options.Chunks = 2,
-    kept: cli_options.Kept = 1.0,
+    kept: cli_options.Kept = 0.5,
     transfer: cli_options.Transfer = None,
     memory_limit: cli_options.ActivationLimit = None,
     only: cli_options.Only = None,

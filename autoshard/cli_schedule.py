@@ -22,6 +22,7 @@ from passes.pipeline.schedule import ScheduleError
 from passes.pipeline.timeline import Timeline
 
 _ROOM = 1e-9  # of the limit: as far as sums of activations may differ
+_PROVEN = 1e-6  # of the makespan: as far as a bound may be below it and prove it
 _WIDTH = 100  # where there is no terminal
 _TOO_MANY = "more tasks than letters: each is one of those at its time; --picture, --trace show all"
 
@@ -48,12 +49,13 @@ class Entry:
     makespan: float
     peak: float
     fits: bool
+    bound: float | None
 
 
 def compare(setting: Setting, only: Sequence[str] = ()) -> Compared:
     """All schedules of a setting, the best first. Raises ScheduleError where none can be used."""
     found = schedules(setting, only)
-    entries = [_entry(m.name, m.timeline, setting.limit) for m in found if m.timeline is not None]
+    entries = [_entry(m, m.timeline, setting.limit) for m in found if m.timeline is not None]
     left_out = tuple(made for made in found if made.timeline is None)
     if not entries:
         raise ScheduleError("; ".join(map(_reason, left_out)))
@@ -68,10 +70,11 @@ def compare(setting: Setting, only: Sequence[str] = ()) -> Compared:
     return Compared(setting, tuple(entries), left_out, shown)
 
 
-def _entry(name: str, timeline: Timeline, limit: float | None) -> Entry:
+def _entry(made: Made, timeline: Timeline, limit: float | None) -> Entry:
     peak = max(timeline.peaks)
     fits = limit is None or peak <= limit * (1 + _ROOM)
-    return Entry(name, timeline, _rounded(timeline.makespan), _rounded(peak), fits)
+    makespan = _rounded(timeline.makespan)
+    return Entry(made.name, timeline, makespan, _rounded(peak), fits, made.bound)
 
 
 def _rounded(number: float) -> float:
@@ -93,7 +96,7 @@ def table(found: Compared) -> str:
         [
             f"{setting.devices} stages, {setting.microbatches} microbatches{limit}",
             f"  F {setting.forward:g}, B {setting.backward:g}, W {setting.weight:g}, "
-            f"send {setting.send:g}, to the host {setting.over_host_link:.4g}"
+            f"send {setting.send:g}, offload {setting.over_host_link:.4g}"
             f"{' (a guess)' * (setting.transfer is None)}; "
             f"W needs {setting.kept:.4g} of the activations",
             *columns(lines, "lrrrrrrrl", "  "),
@@ -116,8 +119,17 @@ def _line(entry: Entry, best: Entry, setting: Setting) -> tuple[str, ...]:
         f"{sends:.4g}",
         timeline_text.time(sends * setting.send),
         f"{weights_held(timeline.schedule):.4g}x",
-        "" if entry.fits else "above the limit",
+        _remark(entry),
     )
+
+
+def _remark(entry: Entry) -> str:
+    if not entry.fits:
+        return "above the limit"
+    if entry.bound is None or not entry.makespan:
+        return ""
+    gap = 1 - entry.bound / entry.makespan
+    return "optimal" if gap <= _PROVEN else f"at most {gap:.1%} above the optimum"
 
 
 def _reason(made: Made) -> str:
@@ -183,7 +195,7 @@ def write(found: Compared, json: Path | None, picture: Path | None, trace: Path 
 
 
 def as_json(found: Compared) -> str:
-    """{"schedules": [{"name", "makespan", "bubble", "peak_activation", "fits", "rows",
+    """{"schedules": [{"name", "makespan", "bubble", "peak_activation", "fits", "rows", "bound",
     "transfers"}]}.
     """
     body = [
@@ -194,6 +206,7 @@ def as_json(found: Compared) -> str:
             "peak_activation": entry.peak,
             "fits": entry.fits,
             "rows": [list(row) for row in entry.timeline.rows],
+            "bound": entry.bound,
             "transfers": [list(row) for row in entry.timeline.transfers],
         }
         for entry in found.entries

@@ -12,7 +12,7 @@ the same input gives the same schedule.
 >>> from passes.pipeline.stage_costs import even
 >>> best = best_schedule(4, 8, lambda pieces: even(4, pieces, 1, 1, 1), limit=4)
 >>> best.timeline.makespan, best.family, best.optimal
-(24.0, 'in turn', True)
+(24.0, 'ZB-V', True)
 """
 
 from __future__ import annotations

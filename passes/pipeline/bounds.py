@@ -185,7 +185,8 @@ def _most(items: Sequence[_Item], room: float) -> float:
     """The most work whose activations there is room for; whole tasks where all take as much."""
     sizes = {size for _, size, count in items if count}
     if len(sizes) == 1 and (size := min(sizes)) > 0:
-        room = math.floor(max(0.0, room) / size + _ROOM) * size
+        fit = max(0.0, room) / size
+        room = math.floor(fit + _ROOM) * size if fit < 1e15 else room  # else whole as it is
     out = 0.0
     for seconds, size, count in sorted(items, key=_dear):
         if size <= 0:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from passes.pipeline import both_ways, generators, offload, vee
+from passes.pipeline.auto import Best, best_schedule
 from passes.pipeline.schedule import Schedule, ScheduleError
 from passes.pipeline.stage_costs import StageCosts, even
 from passes.pipeline.timeline import Timeline, simulate
@@ -44,7 +45,7 @@ class Setting:
     backward: float
     weight: float
     send: float = 0.0
-    kept: float = 1.0
+    kept: float = 0.5
     chunks: int = 2
     limit: float | None = None
     transfer: float | None = None
@@ -82,9 +83,13 @@ class Setting:
 
     def costs(self, chunks: int = 1) -> StageCosts:
         """Those of each piece, so many on a device."""
+        return self.for_pieces(self.devices * chunks)
+
+    def for_pieces(self, pieces: int) -> StageCosts:
+        """Those of each piece, where the model is cut into so many."""
         return even(
             self.devices,
-            self.devices * chunks,
+            pieces,
             self.forward,
             self.backward,
             self.weight,
@@ -99,8 +104,14 @@ class Published:
     """A generator by its name. pieces: per device; none for as many as the setting's chunks."""
 
     name: str
-    make: Callable[[Setting], Schedule]
+    make: Callable[[Setting], Schedule | Best]
     pieces: int | None = 1
+
+
+def _best(setting: Setting) -> Best:
+    """The best schedule within the limit, or with all microbatches under way."""
+    limit = float(setting.microbatches) if setting.limit is None else setting.limit
+    return best_schedule(setting.devices, setting.microbatches, setting.for_pieces, limit)
 
 
 PUBLISHED = (
@@ -125,17 +136,23 @@ PUBLISHED = (
         lambda s: offload.pipe_offload(s.devices, s.microbatches, s.chunks, s.costs(s.chunks)),
         pieces=None,
     ),
+    Published("auto", _best),
 )
 
 
 @dataclass(frozen=True)
 class Made:
-    """A schedule with its times, or the reason why there is none. pieces: per device."""
+    """A schedule with its times, or the reason why there is none.
+
+    pieces: per device. bound: no schedule of one or two pieces per device takes less; none where
+    nobody asked.
+    """
 
     name: str
     pieces: int
     timeline: Timeline | None
     reason: str = ""
+    bound: float | None = None
 
 
 def schedules(setting: Setting, only: Sequence[str] = ()) -> tuple[Made, ...]:
@@ -144,9 +161,17 @@ def schedules(setting: Setting, only: Sequence[str] = ()) -> tuple[Made, ...]:
     return tuple(_made(p, setting) for p in PUBLISHED if not only or p.name in wanted)
 
 
+def _searched(name: str, best: Best) -> Made:
+    schedule = replace(best.timeline.schedule, name=name)
+    pieces = schedule.pieces // schedule.devices
+    return Made(name, pieces, replace(best.timeline, schedule=schedule), bound=best.bound)
+
+
 def _made(published: Published, setting: Setting) -> Made:
     try:
         schedule = published.make(setting)
+        if isinstance(schedule, Best):
+            return _searched(published.name, schedule)
         timeline = simulate(schedule, setting.costs(schedule.pieces // schedule.devices))
     except ScheduleError as error:
         pieces = setting.chunks if published.pieces is None else published.pieces

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from passes.pipeline import generators
+from passes.pipeline import generators, vee
 from passes.pipeline.bounds import lower_bound, round_trip
 from passes.pipeline.exact import solve
 from passes.pipeline.greedy import Policy
@@ -232,5 +232,9 @@ def _published(way: Way, microbatches: int) -> Iterator[Schedule]:
         yield generators.gpipe(p, microbatches)
         yield generators.eager(p, microbatches)
         yield generators.two_bp(p, microbatches)
+    elif way == there_and_back(p):
+        yield vee.v_min(p, microbatches)
+        yield vee.v_half(p, microbatches)
+        yield vee.zb_v(p, microbatches)
     elif way == straight(p, chunks) and microbatches % p == 0:
         yield generators.interleaved(p, microbatches, chunks)
