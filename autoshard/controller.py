@@ -4,11 +4,13 @@ Every stage has devices of its own. The controller walks the table in the order 
 starts each task on its stage's devices; arrays are futures, so that starting returns before the
 work is done, and stages work beside one another (as in Pathways, Barham et al., arXiv 2203.12533).
 What a task makes is sent to the stage that needs it at once, and let go when the last task that
-needs it has been started.
+needs it has been started. The controller is never more than a few tasks of a device ahead of what
+is done, so that no more lies in memory than the table says.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -41,7 +43,8 @@ _SPLIT = "data"  # the one axis of a stage's mesh
 class Controller:
     """Runs a traced function over stages.
 
-    devices: per device of the schedule those that its stages run on, as many for each.
+    devices: per device of the schedule those that its stages run on, as many for each. ahead: how
+    many tasks of a device may be started that are not done yet.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Controller:
         stages: Stages,
         schedule: Schedule,
         devices: Sequence[Sequence[Any]],
+        ahead: int = 2,
     ) -> None:
+        self.ahead = ahead
         self.traced, self.schedule, self.stages = traced, schedule, stages
         self.program = Program(traced, loop)
         self.made: StagePrograms = stage_programs(self.program, stages)
@@ -79,6 +84,7 @@ class Controller:
         ]
         values: dict[tuple[int, int], Any] = {}
         left: dict[tuple[int, int], int] = {}
+        self.started: list[deque[Any]] = [deque() for _ in range(self.schedule.devices)]
         for row in self.rows:
             if row.kind in ("O", "R"):
                 self._move(row, values)
@@ -121,6 +127,7 @@ class Controller:
             [_sent(values[p, m], mesh) for p in task.ins],
             [on.sums[p] for p in task.sums],
         )
+        self._wait(row.device, [*outs, *sums])
         on.sums.update(zip(task.sums, sums, strict=True))
         for p, x in zip(task.outs, outs, strict=True):
             values[p, m] = x
@@ -129,6 +136,16 @@ class Controller:
             left[p, m] -= 1
             if not left[p, m] and p not in self.made.after:
                 del values[p, m]
+
+    def _wait(self, device: int, made: Sequence[Any]) -> None:
+        """Until what was started a few tasks before this one is done."""
+        started = self.started[device]
+        if made:
+            started.append(made[0])
+        if len(started) > self.ahead:
+            before = started.popleft()
+            if not before.is_deleted():  # a sum that a later task has taken over
+                before.block_until_ready()
 
     def _move(self, row: Row, values: dict[tuple[int, int], Any]) -> None:
         """Send to the host, or fetch back, what only the backward tasks of a stage need."""

@@ -39,6 +39,16 @@ def static_places(
     return chosen, called
 
 
+def dynamic_leaves(
+    fn: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """The arguments that are not static, flat, in the order in which jax traces them."""
+    numbers, names = static_places(fn, options, len(args))
+    dynamic = [a for i, a in enumerate(args) if i not in numbers]
+    named = {k: a for k, a in kwargs.items() if k not in names}
+    return list(jax.tree.leaves((dynamic, named)))
+
+
 def several(option: Any, one: type) -> tuple[Any, ...]:
     """An option that jit takes as nothing, as one number or name, or as several."""
     if option is None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from autoshard.jit_options import static_places
+from autoshard.jit_options import dynamic_leaves
 from autoshard.state import state_pairs
 from autoshard.time_loop import in_steps
 from autoshard.trace import Traced
@@ -47,10 +47,8 @@ def in_microbatches(
 
     @functools.wraps(fn)
     def cut(*args: Any, **kwargs: Any) -> Any:
-        numbers, names = static_places(fn, options, len(args))
-        dynamic = [a for i, a in enumerate(args) if i not in numbers]
-        named = {k: a for k, a in kwargs.items() if k not in names}
-        return jax.tree.unflatten(traced.out_tree, run(*jax.tree.leaves((dynamic, named))))
+        flat = dynamic_leaves(fn, options, args, kwargs)
+        return jax.tree.unflatten(traced.out_tree, run(*flat))
 
     graph = loop.graph
     names = ", ".join(graph.values[v].name for v in loop.seeds)

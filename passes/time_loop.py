@@ -259,6 +259,10 @@ class _Follow:
         views = [self.views[v] for v in op.inputs]
         if op.name == "branch_join" or (op.name == "loop_next" and views[0] is WHOLE):
             return self.join(op, views, entered)
+        if op.name == "optimization_barrier":  # each result is its operand
+            inside = [INSIDE if view is WHOLE else view for view in views]
+            self.take(op, OverTime(tuple(inside), ()))
+            return LATE not in views
         zeros = [k for k, v in enumerate(op.inputs) if self.is_zero(v)]
         found = over_time(op.rule, views, self.steps, zeros)
         if found is None or not self.plain(op, found, views):

@@ -19,12 +19,11 @@ import zoo
 from jax import lax
 
 from autoshard.controller import Controller
-from autoshard.microbatches import batch_of
-from autoshard.trace import Traced, trace
+from autoshard.in_stages import Staged, in_stages
 from passes.pipeline import both_ways, generators, offload, vee
 from passes.pipeline.schedule import Schedule
-from passes.stages import NoStages, stages_of
-from passes.time_loop import TimeLoop, microbatch_loop, unit_path
+from passes.stages import NoStages
+from passes.time_loop import unit_path
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +56,15 @@ def gpt() -> Job:
 
 def gpt_remat() -> Job:
     return zoo.gpt(width=16, layers=4, heads=2, sequence=8, batch=16, vocab=32, remat=True)
+
+
+def gpt_scan() -> Job:
+    return zoo.gpt(width=8, layers=6, heads=2, sequence=8, batch=16, vocab=32, scan=True)
+
+
+def gpt_scan_remat() -> Job:
+    sizes = {"width": 8, "layers": 4, "heads": 2, "sequence": 8, "batch": 16, "vocab": 32}
+    return zoo.gpt(**sizes, scan=True, remat=True)
 
 
 def encoder_decoder() -> Job:
@@ -129,12 +137,23 @@ def mixture_of_experts() -> Job:
     return training(loss, [layer] * 4, jax.ShapeDtypeStruct((16, 4, 8), jnp.float32))
 
 
-MODELS = {f.__name__: f for f in (gpt, gpt_remat, encoder_decoder, unet, mixture_of_experts)}
+MODELS = {
+    f.__name__: f
+    for f in (
+        gpt,
+        gpt_remat,
+        gpt_scan,
+        gpt_scan_remat,
+        encoder_decoder,
+        unet,
+        mixture_of_experts,
+    )
+}
 
 
 @cache
-def case(name: str) -> tuple[Traced, TimeLoop, list[Any], list[Any]]:
-    """A model traced, in eight microbatches, its arguments and its results."""
+def case(name: str, count: int) -> tuple[Staged, list[Any], list[Any]]:
+    """A model in eight microbatches and so many stages, its arguments and its results."""
     fn, shapes = MODELS[name]()
     rng = np.random.default_rng(0)
 
@@ -145,9 +164,8 @@ def case(name: str) -> tuple[Traced, TimeLoop, list[Any], list[Any]]:
 
     args = jax.tree.map(filled, shapes)
     args = jax.tree.map(lambda x: jnp.abs(x) if x.ndim else x * 0, args)  # second moments
-    traced = trace(fn, *args)
-    loop = microbatch_loop(traced.graph, batch_of(traced), 8, traced.deciders)
-    return traced, loop, jax.tree.leaves(args), jax.tree.leaves(jax.jit(fn)(*args))
+    staged = in_stages(fn, args, {}, {}, microbatches=8, count=count)
+    return staged, jax.tree.leaves(args), jax.tree.leaves(jax.jit(fn)(*args))
 
 
 def worst(got: list[Any], want: list[Any]) -> float:
@@ -160,11 +178,11 @@ def worst(got: list[Any], want: list[Any]) -> float:
 
 
 def check(name: str, schedule: Schedule, each: int = 1) -> None:
-    traced, loop, flat, want = case(name)
-    stages = stages_of(loop, traced.backward, schedule.pieces)
+    staged, flat, want = case(name, schedule.pieces)
     devices = jax.devices()
     split = [devices[d * each : (d + 1) * each] for d in range(schedule.devices)]
-    assert worst(Controller(traced, loop, stages, schedule, split)(*flat), want) < 1e-4
+    run = Controller(staged.traced, staged.loop, staged.stages, schedule, split)
+    assert worst(run(*flat), want) < 1e-4
 
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
@@ -203,8 +221,8 @@ def test_eight_stages() -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_operation_lies_in_one_stage_and_work_goes_one_way(model: str, count: int) -> None:
     """F never waits for a later stage, B and W never for an earlier one; nothing waits for W."""
-    traced, loop, _, _ = case(model)
-    stages = stages_of(loop, traced.backward, count)
+    staged, _, _ = case(model, count)
+    loop, stages = staged.loop, staged.stages
     inside = {path for path, phase in loop.phases.items() if phase == "loop"}
     assert stages.stage.keys() == stages.kind.keys() == inside
     assert set(stages.stage.values()) == set(range(count))
@@ -232,12 +250,11 @@ def test_every_operation_lies_in_one_stage_and_work_goes_one_way(model: str, cou
     assert total == pytest.approx(wanted)
 
 
-def test_stages_of_a_gpt_are_even() -> None:
+@pytest.mark.parametrize("scan", [False, True])
+def test_stages_of_a_gpt_are_even(scan: bool) -> None:
     """Layers alike: forward, backward and weights cost about the same, in each stage alike."""
-    fn, args = zoo.gpt(width=64, layers=4, heads=2, sequence=16, batch=16, vocab=32)
-    traced = trace(fn, *args)
-    loop = microbatch_loop(traced.graph, batch_of(traced), 8, traced.deciders)
-    stages = stages_of(loop, traced.backward, 4)
+    fn, args = zoo.gpt(width=64, layers=4, heads=2, sequence=16, batch=16, vocab=32, scan=scan)
+    stages = in_stages(fn, args, {}, {}, microbatches=8, count=4).stages
     forward = [each["F"] for each in stages.flops]
     assert max(forward) < 1.1 * min(forward)
     for each in stages.flops[1:]:
@@ -249,7 +266,16 @@ def test_more_stages_than_there_is_to_do() -> None:
     def fn(w: Any, x: Any) -> Any:
         return jax.value_and_grad(lambda w: jnp.sum(x @ w))(w)
 
-    traced = trace(fn, jnp.ones((4, 4)), jnp.ones((8, 4)))
-    loop = microbatch_loop(traced.graph, batch_of(traced), 2, traced.deciders)
+    args = jnp.ones((4, 4)), jnp.ones((8, 4))
     with pytest.raises(NoStages, match=r"fn has \d+ forward operations .* too few for 9 stages"):
-        stages_of(loop, traced.backward, 9)
+        in_stages(fn, args, {}, {}, microbatches=2, count=9)
+
+
+def test_the_controller_is_never_further_ahead_than_it_may() -> None:
+    staged, flat, want = case("gpt", 4)
+    devices = [[d] for d in jax.devices()[:4]]
+    schedule = generators.one_f_one_b(4, 8)
+    for ahead in (1, 100):
+        run = Controller(staged.traced, staged.loop, staged.stages, schedule, devices, ahead=ahead)
+        assert worst(run(*flat), want) < 1e-4
+        assert all(len(started) <= ahead for started in run.started)

@@ -1,0 +1,63 @@
+"""From a traced function to its stages: scans in pieces, microbatches, weights' gradients apart.
+
+Each of these is a function that does the same, traced again; then the loop over microbatches is cut
+into stages (`passes.stages`), which `autoshard.controller` runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from autoshard.jit_options import dynamic_leaves
+from autoshard.microbatches import batch_of
+from autoshard.scan_apart import weights_apart
+from autoshard.scan_pieces import in_pieces
+from autoshard.trace import Traced, trace
+from passes.stages import Stages, stages_of
+from passes.time_loop import TimeLoop, microbatch_loop
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A function whose loop over microbatches is cut into stages. traced: as it is run."""
+
+    traced: Traced
+    loop: TimeLoop
+    stages: Stages
+
+
+def in_stages(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    microbatches: int,
+    count: int,
+) -> Staged:
+    """A function in so many stages and microbatches. options: those of `jax.jit`.
+
+    Raises NoTimeLoop and NoStages.
+    """
+
+    def again(fn: Callable[..., Any], traced: Traced, run: Callable[..., list[Any]]) -> Any:
+        @functools.wraps(fn)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            flat = dynamic_leaves(fn, options, args, kwargs)
+            return jax.tree.unflatten(traced.out_tree, run(*flat))
+
+        return trace(changed, *args, **options, **kwargs)
+
+    def loop_of(traced: Traced) -> TimeLoop:
+        return microbatch_loop(traced.graph, batch_of(traced), microbatches, traced.deciders)
+
+    traced = trace(fn, *args, **options, **kwargs)
+    traced = again(fn, traced, in_pieces(traced, count))
+    traced = again(fn, traced, weights_apart(traced, loop_of(traced)))
+    loop = loop_of(traced)
+    return Staged(traced, loop, stages_of(loop, traced.backward, count))
