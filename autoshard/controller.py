@@ -67,6 +67,8 @@ class Controller:
         timeline = simulate(schedule, costs_of(stages))
         both = (*timeline.rows, *timeline.transfers)
         self.rows = sorted(both, key=lambda r: (r.start, r.end, r.device))
+        self.prepare = [jax.jit(self.made.prepare(stage)) for stage in range(stages.count)]
+        self.rest = jax.jit(self._rest)
         self.steps = {key: self._compiled(task) for key, task in self.made.tasks.items()}
         self.users: dict[int, int] = {}
         for task in self.made.tasks.values():
@@ -96,7 +98,7 @@ class Controller:
     def _prepared(self, stage: int, mesh: jax.sharding.Mesh, flat: Sequence[Any]) -> _OnStage:
         own = [t for (s, _), t in self.made.tasks.items() if s == stage]
         placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P())) for x in flat]
-        outside, parts, sums = jax.jit(self.made.prepare(stage))(*placed)
+        outside, parts, sums = self.prepare[stage](*placed)
         named = parts_of_tasks(own)
         split = [_split(x, part, mesh) for x, (_, part) in zip(parts, named, strict=True)]
         return _OnStage(
@@ -173,13 +175,13 @@ class Controller:
         for p in self.made.after:
             if views[p] is PARTIAL:
                 every = [on.sums[p] for way in state for on in way if p in on.sums]
-                found.append(sum(_sent(x, mesh, whole=True) for x in every))
+                found.append([_sent(x, mesh, whole=True) for x in every])
             elif isinstance(views[p], Split):
                 found.append([_sent(values[p, m], mesh, whole=True) for m in range(count)])
             else:
                 found.append(_sent(values[p, count - 1], mesh, whole=True))
         placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P())) for x in flat]
-        return list(jax.jit(self._rest)(placed, found))
+        return list(self.rest(placed, found))
 
     def _rest(self, flat: Sequence[Any], found: Sequence[Any]) -> list[Any]:
         env, program = self.program.ahead(flat), self.program
@@ -188,7 +190,8 @@ class Controller:
             if isinstance(view, Split):
                 env[p] = whole_of(jax.numpy.stack(x), view, program.avals[p].shape)
             else:
-                env[p] = x.astype(program.avals[p].dtype)
+                total = sum(x) if view is PARTIAL else x
+                env[p] = total.astype(program.avals[p].dtype)
         return program.results(env)
 
 
