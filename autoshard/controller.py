@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from autoshard.after_stages import run_group, update_groups
+from autoshard.jax_compat import Literal
 from autoshard.stage_programs import (
     StagePrograms,
     TaskProgram,
@@ -27,7 +29,6 @@ from autoshard.stage_programs import (
     stage_programs,
     sums_of,
 )
-from autoshard.step import whole_of
 from autoshard.time_loop import Program
 from autoshard.trace import Traced
 from passes.pipeline.schedule import Schedule
@@ -67,8 +68,13 @@ class Controller:
         timeline = simulate(schedule, costs_of(stages))
         both = (*timeline.rows, *timeline.transfers)
         self.rows = sorted(both, key=lambda r: (r.start, r.end, r.device))
-        self.prepare = [jax.jit(self.made.prepare(stage)) for stage in range(stages.count)]
-        self.rest = jax.jit(self._rest)
+        self.needed, prepare = zip(
+            *(self.made.prepare(stage) for stage in range(stages.count)), strict=True
+        )
+        self.prepare = [jax.jit(run) for run in prepare]
+        homes = {p: t.stage for t in self.made.tasks.values() for p in (*t.outs, *t.sums)}
+        self.groups = update_groups(self.program, {p: homes[p] for p in self.made.after})
+        self.updates = [jax.jit(partial(run_group, self.program, g)) for g in self.groups]
         self.steps = {key: self._compiled(task) for key, task in self.made.tasks.items()}
         self.users: dict[int, int] = {}
         for task in self.made.tasks.values():
@@ -96,8 +102,9 @@ class Controller:
         return self._after(flat, state, values)
 
     def _prepared(self, stage: int, mesh: jax.sharding.Mesh, flat: Sequence[Any]) -> _OnStage:
-        own = [t for (s, _), t in self.made.tasks.items() if s == stage]
-        placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P())) for x in flat]
+        own = self.made.of(stage)
+        given = dict(zip(self.program.inputs, flat, strict=True))
+        placed = [_placed(given[p], mesh) for p in self.needed[stage]]
         outside, parts, sums = self.prepare[stage](*placed)
         named = parts_of_tasks(own)
         split = [_split(x, part, mesh) for x, (_, part) in zip(parts, named, strict=True)]
@@ -168,31 +175,28 @@ class Controller:
         state: Sequence[Sequence[_OnStage]],
         values: dict[tuple[int, int], Any],
     ) -> list[Any]:
-        """What comes after the loop, on the devices of the first stage."""
-        mesh, views = self.meshes[0][0], self.program.views
-        found: list[Any] = []
-        count = self.program.steps
-        for p in self.made.after:
-            if views[p] is PARTIAL:
-                every = [on.sums[p] for way in state for on in way if p in on.sums]
-                found.append([_sent(x, mesh, whole=True) for x in every])
-            elif isinstance(views[p], Split):
-                found.append([_sent(values[p, m], mesh, whole=True) for m in range(count)])
-            else:
-                found.append(_sent(values[p, count - 1], mesh, whole=True))
-        placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P())) for x in flat]
-        return list(self.rest(placed, found))
+        """What comes after the loop; each result on the stage that makes it."""
+        given = dict(zip(self.program.inputs, flat, strict=True))
+        found: dict[int, Any] = {}
+        for group, run in zip(self.groups, self.updates, strict=True):
+            mesh = self.meshes[0][group.stage]
+            send = partial(_sent, mesh=mesh, whole=True)
+            made = [list(map(send, self._made(p, state, values))) for p in group.made]
+            outs = run(
+                [_placed(given[p], mesh) for p in group.inputs],
+                made,
+                [send(found[p]) for p in group.ins],
+            )
+            found.update(zip(group.outs, outs, strict=True))
+        return [p.val if isinstance(p, Literal) else found[p] for p in self.program.outputs]
 
-    def _rest(self, flat: Sequence[Any], found: Sequence[Any]) -> list[Any]:
-        env, program = self.program.ahead(flat), self.program
-        for p, x in zip(self.made.after, found, strict=True):
-            view = program.views[p]
-            if isinstance(view, Split):
-                env[p] = whole_of(jax.numpy.stack(x), view, program.avals[p].shape)
-            else:
-                total = sum(x) if view is PARTIAL else x
-                env[p] = total.astype(program.avals[p].dtype)
-        return program.results(env)
+    def _made(
+        self, p: int, state: Sequence[Sequence[_OnStage]], values: dict[tuple[int, int], Any]
+    ) -> list[Any]:
+        """What the loop has made for a place: sums of each direction, or values of each step."""
+        if self.program.views[p] is PARTIAL:
+            return [on.sums[p] for way in state for on in way if p in on.sums]
+        return [values[p, m] for m in range(self.program.steps)]
 
 
 class _OnStage:
@@ -223,6 +227,11 @@ def _split(x: Any, part: Split, mesh: jax.sharding.Mesh) -> Any:
     if x.shape[part.dim + 1] % mesh.size == 0:
         dims[part.dim + 1] = _SPLIT
     return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*dims)))
+
+
+def _placed(x: Any, mesh: jax.sharding.Mesh) -> Any:
+    """An argument on the devices of a stage, whole."""
+    return jax.device_put(x, jax.NamedSharding(mesh, jax.P()))
 
 
 def _sent(x: Any, mesh: jax.sharding.Mesh, whole: bool = False) -> Any:

@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from autoshard.after_stages import closure
 from autoshard.step import parts_of
 from autoshard.time_loop import Equation, Program, wide
 from passes.stages import Stages
 from passes.time_axis import PARTIAL, Split
 
 Part = tuple[int, Split]
+Lying = tuple[list[Any], list[Any], list[Any]]  # whole values, parts, and sums of nothing
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,21 @@ class StagePrograms:
     tasks: Mapping[tuple[int, str], TaskProgram]
     after: tuple[int, ...]  # places that what comes after the loop needs of it
 
-    def prepare(self, stage: int) -> Callable[..., tuple[list[Any], list[Any], list[Any]]]:
-        """From flat arguments to what lies on a stage: whole values, parts, and sums of nothing."""
-        own = [t for (s, _), t in self.tasks.items() if s == stage]
-        program = self.program
-        outside, parts, sums = outside_of(own), parts_of_tasks(own), sums_of(own)
+    def of(self, stage: int) -> list[TaskProgram]:
+        """The tasks of a stage."""
+        return [t for (s, _), t in self.tasks.items() if s == stage]
 
-        def run(*flat: Any) -> tuple[list[Any], list[Any], list[Any]]:
-            env = program.ahead(flat)
+    def prepare(self, stage: int) -> tuple[tuple[int, ...], Callable[..., Lying]]:
+        """Places of arguments, and from these to what lies on a stage for all its tasks."""
+        own, program = self.of(stage), self.program
+        outside, parts, sums = outside_of(own), parts_of_tasks(own), sums_of(own)
+        before = {p: e for e in program.equations if e.phase == "before" for p in e.outs}
+        ahead, taken = closure([*outside, *(p for p, _ in parts)], before)
+        inputs = tuple(p for p in taken if p not in program.consts)
+
+        def run(*given: Any) -> Lying:
+            env = {**program.consts, **dict(zip(inputs, given, strict=True))}
+            program.compute(env, ahead)
             zeros = [program.avals[p] for p in sums]
             return (
                 [env[p] for p in outside],
@@ -64,7 +73,7 @@ class StagePrograms:
                 [jnp.zeros(a.shape, wide(a.dtype)) for a in zeros],
             )
 
-        return run
+        return inputs, run
 
 
 def outside_of(tasks: Sequence[TaskProgram]) -> list[int]:

@@ -92,10 +92,6 @@ class Step:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def whole(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        """An equation outside the loop, as it stands."""
-        return bind(eqn, operands)
-
     def plain(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """An equation without a body."""
         op = self.ops[path]

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.jax_compat import Literal, open_jaxpr, traced_at
+from autoshard.jax_compat import Literal, bind, open_jaxpr, traced_at
 from autoshard.step import Step, parts_of, whole_of
 from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
@@ -146,12 +146,14 @@ class Program:
 
     def outside(self, env: dict[int, Any], phase: str) -> None:
         """The equations before the loop, or after it, on whole values."""
-        whole = Step(self.loop, None)
-        for e in self.equations:
-            if e.phase == phase:
-                operands = [p.val if isinstance(p, Literal) else env[p] for p in e.ins]
-                with traced_at(e.eqn):
-                    env.update(zip(e.outs, whole.whole(e.eqn, operands), strict=True))
+        self.compute(env, [e for e in self.equations if e.phase == phase])
+
+    def compute(self, env: dict[int, Any], equations: Sequence[Equation]) -> None:
+        """Equations on whole values, in order."""
+        for e in equations:
+            operands = [p.val if isinstance(p, Literal) else env[p] for p in e.ins]
+            with traced_at(e.eqn):
+                env.update(zip(e.outs, bind(e.eqn, operands), strict=True))
 
     def in_steps(self, env: dict[int, Any]) -> None:
         """The loop: what it takes apart, what it adds up, and what it puts together."""

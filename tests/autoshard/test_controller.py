@@ -279,3 +279,33 @@ def test_the_controller_is_never_further_ahead_than_it_may() -> None:
         run = Controller(staged.traced, staged.loop, staged.stages, schedule, devices, ahead=ahead)
         assert worst(run(*flat), want) < 1e-4
         assert all(len(started) <= ahead for started in run.started)
+
+
+def test_each_stage_holds_and_updates_its_own_weights() -> None:
+    """Weights and moments lie on the stages that use them; only embeddings on two."""
+    staged, flat, _ = case("gpt", 4)
+    devices = [[d] for d in jax.devices()[:4]]
+    run = Controller(
+        staged.traced, staged.loop, staged.stages, generators.one_f_one_b(4, 8), devices
+    )
+    sizes = {p: x.nbytes for p, x in zip(run.program.inputs, flat, strict=True)}
+    held = [set(needed) for needed in run.needed]
+    for group in run.groups:
+        held[group.stage].update(group.inputs)
+    total = sum(sizes.values())
+    assert all(sum(sizes[p] for p in own) < 0.5 * total for own in held)
+    assert sum(sizes[p] for own in held for p in own) < 1.5 * total
+    results = run(*flat)
+    assert len({next(iter(x.devices())) for x in results if isinstance(x, jax.Array)}) == 4
+
+
+def test_a_call_returns_before_the_work_is_done() -> None:
+    fn, args = zoo.gpt(width=128, layers=4, heads=4, sequence=128, batch=64, vocab=128)
+    flat = [jnp.ones(x.shape, x.dtype) for x in jax.tree.leaves(args)]
+    staged = in_stages(fn, args, {}, {}, microbatches=16, count=4)
+    devices = [[d] for d in jax.devices()[:4]]
+    schedule = generators.one_f_one_b(4, 16)
+    run = Controller(staged.traced, staged.loop, staged.stages, schedule, devices, ahead=8)
+    jax.block_until_ready(run(*flat))  # compiled
+    results = run(*flat)
+    assert not all(x.is_ready() for x in results if isinstance(x, jax.Array))
