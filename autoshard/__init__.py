@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from autoshard.calibration_suite import CalibrationError
     from autoshard.mesh import DevicesError
     from autoshard.targets import NoCompiler
+    from passes.microbatch_loop import NoTimeLoop
     from passes.search import NoFeasiblePlan
-    from passes.time_loop import NoTimeLoop
 
 __all__ = [  # noqa: RUF022 (in plain order)
     "CalibrationError",
@@ -60,7 +60,7 @@ _LATER = {
     "DevicesError": "autoshard.mesh",
     "NoCompiler": "autoshard.targets",
     "NoFeasiblePlan": "passes.search",
-    "NoTimeLoop": "passes.time_loop",
+    "NoTimeLoop": "passes.microbatch_loop",
     "Plan": "autoshard.api",
     "annotate": "autoshard.annotation",
     "audit": "autoshard.auditing",

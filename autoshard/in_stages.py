@@ -18,8 +18,9 @@ from autoshard.microbatches import batch_of
 from autoshard.scan_apart import weights_apart
 from autoshard.scan_pieces import in_pieces
 from autoshard.trace import Traced, trace
+from passes.microbatch_loop import microbatch_loop
 from passes.stages import Stages, stages_of
-from passes.time_loop import TimeLoop, microbatch_loop
+from passes.time_loop import TimeLoop
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from autoshard.state import state_pairs
 from autoshard.time_loop import in_steps
 from autoshard.trace import Traced
 from passes.batch import find_batch
+from passes.microbatch_loop import NoTimeLoop, coupled, microbatch_loop
 from passes.search import NoFeasiblePlan, Progress
-from passes.time_loop import NoTimeLoop, coupled, microbatch_loop
 
 P = TypeVar("P")
 

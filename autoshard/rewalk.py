@@ -31,6 +31,10 @@ class Rewalk:
         if name in INLINED:
             inner, consts = open_jaxpr(eqn.params[INLINED[name]])
             return self.walk(inner, consts, operands, path)
+        return self.plain(eqn, operands, path)
+
+    def plain(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
+        """The results of an equation that is no call."""
         return bind(eqn, operands)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts, traced_at
+from autoshard.jax_compat import bind, open_jaxpr, scan_counts
 from autoshard.localize import local_params
-from autoshard.trace import INLINED, REMAT, Path, solve_part
+from autoshard.rewalk import Rewalk
+from autoshard.trace import REMAT, Path, solve_part
 from passes.ir.graph import Op
 from passes.time_axis import Split, View
 from passes.time_loop import TimeLoop
@@ -51,7 +52,7 @@ def whole_of(stacked: Any, part: Split, shape: Shape) -> Any:
     return jnp.reshape(jnp.moveaxis(apart, 0, d + 1), shape)
 
 
-class Step:
+class Step(Rewalk):
     """What one step makes. time: which one it is, counted from 0."""
 
     def __init__(self, loop: TimeLoop, time: Any) -> None:
@@ -61,8 +62,8 @@ class Step:
     def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """The results of an equation, of parts or of whole operands, as this step sees them."""
         name = eqn.primitive.name
-        if name in INLINED or name in REMAT:
-            inner, consts = open_jaxpr(eqn.params[INLINED.get(name, "jaxpr")])
+        if name in REMAT:
+            inner, consts = open_jaxpr(eqn.params["jaxpr"])
             if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
                 operands = list(lax.optimization_barrier(tuple(operands)))
             return self.walk(inner, consts, operands, path)
@@ -76,21 +77,7 @@ class Step:
             return self.while_loop(eqn, operands, path)
         if name == "cond":
             return self.cond(eqn, operands, path)
-        return self.plain(eqn, operands, path)
-
-    def walk(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], path: Path) -> list[Any]:
-        """The results of a body."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            with traced_at(eqn):
-                outs = self.equation(eqn, [read(v) for v in eqn.invars], (*path, i))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return super().equation(eqn, operands, path)
 
     def plain(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """An equation without a body."""

@@ -26,7 +26,7 @@ from jax import lax
 import autoshard
 from autoshard.microbatches import in_microbatches
 from autoshard.trace import trace
-from passes.time_loop import NoTimeLoop
+from passes.microbatch_loop import NoTimeLoop
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBERED = sorted(f.name for f in EXAMPLES.glob("[0-9][0-9]_*.py"))

@@ -1,0 +1,55 @@
+"""Can a function's batch be cut into so many microbatches?  The loop that does so, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from passes.ir.graph import Graph
+from passes.time_axis import Split
+from passes.time_loop import Coupling, Path, TimeLoop, time_loop
+
+
+class NoTimeLoop(ValueError):
+    """A program that can not run in so many steps; the sentence says why, and what is nearest."""
+
+
+def microbatch_loop(
+    graph: Graph, batch: Sequence[int], steps: int, deciders: Mapping[Path, int] | None = None
+) -> TimeLoop:
+    """The loop in which each step takes a part of the batch.
+
+    batch: inputs whose leading dim it is (`passes.batch`). Raises NoTimeLoop where there is none,
+    where it does not divide, and where nothing runs in steps.
+    """
+    if not batch:
+        raise NoTimeLoop(
+            f"{graph.name} has no batch dimension: no leading dim of an input splits its operations"
+        )
+    sizes = {graph.values[v].shape[0] for v in batch}
+    if any(n % steps for n in sizes):
+        fit = [k for k in range(1, min(sizes) + 1) if all(n % k == 0 for n in sizes)]
+        near = min(fit, key=lambda k: (abs(k - steps), k))
+        names = ", ".join(graph.values[v].name or str(graph.values[v].type) for v in batch[:3])
+        raise NoTimeLoop(
+            f"a batch of {', '.join(map(str, sorted(sizes)))} ({names}) can not be cut into "
+            f"{steps} microbatches; the nearest number that divides it is {near}"
+        )
+    found = time_loop(graph, {v: Split(0, 1) for v in batch}, steps, deciders)
+    if not found.share:
+        why = f": {coupled(found, found.couplings[0])}" if found.couplings else ""
+        raise NoTimeLoop(f"nothing of {graph.name} can run in microbatches{why}")
+    return found
+
+
+def coupled(loop: TimeLoop, coupling: Coupling) -> str:
+    """A coupling in words."""
+    graph = loop.graph
+    op, value = graph.ops[coupling.op], graph.values[coupling.value]
+    maker = graph.producers()[value.id]
+    what = value.name or str(value.type)
+    if maker >= 0:
+        what += f" of {graph.ops[maker].name} at {graph.ops[maker].source or 'an unknown line'}"
+    return (
+        f"{op.name} at {op.source or 'an unknown line'} needs, for each part of the batch, what "
+        f"the whole batch makes: {what}"
+    )
