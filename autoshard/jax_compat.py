@@ -53,12 +53,23 @@ def is_backward(source_info: Any) -> bool:
     return any(getattr(p, "name", "") == "transpose" for p in source_info.name_stack.stack)
 
 
-def traced_at(eqn: Any) -> contextlib.AbstractContextManager[Any]:
-    """Operations made inside have the equation's lines of the user's code, and its named scopes."""
-    found = eqn.source_info
-    scopes = source_info_util.current_name_stack() + found.name_stack
+def traced_at(eqn: Any, lines: Any = None) -> contextlib.AbstractContextManager[Any]:
+    """Operations made inside have the equation's lines of the user's code, and its named scopes.
+
+    lines: another equation, to have the lines of instead.
+    """
+    scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = (eqn if lines is None else lines).source_info.traceback
     context: contextlib.AbstractContextManager[Any] = source_info_util.user_context(
-        found.traceback, name_stack=scopes
+        traceback, name_stack=scopes
+    )
+    return context
+
+
+def at_lines_of(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """Operations made inside have the equation's lines of the user's code."""
+    context: contextlib.AbstractContextManager[Any] = source_info_util.user_context(
+        eqn.source_info.traceback, name_stack=source_info_util.current_name_stack()
     )
     return context
 

@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoshard.jax_compat import Literal, bind, open_jaxpr, traced_at
+from autoshard.sources import is_at_a_line
 from autoshard.trace import INLINED, Path
 
 
 class Rewalk:
-    """Computes a jaxpr as it is. Calls are inlined; equations keep their lines and their scopes."""
+    """Computes a jaxpr as it is. Calls are inlined; equations keep their lines and their scopes.
+
+    caller: the innermost equation around, that is at a line of the user's.
+    """
+
+    caller: Any = None
 
     def walk(
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], path: Path = ()
@@ -20,8 +26,11 @@ class Rewalk:
         env.update(zip(jaxpr.invars, args, strict=True))
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [read(v, env) for v in eqn.invars]
-            with traced_at(eqn):
+            outside = self.caller
+            self.caller = eqn if is_at_a_line(eqn.source_info) else outside
+            with traced_at(eqn, self.caller):
                 outs = self.equation(eqn, operands, (*path, i))
+            self.caller = outside
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v, env) for v in jaxpr.outvars]
 

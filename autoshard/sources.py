@@ -45,6 +45,14 @@ def source_of(source_info: Any, caller: str = "") -> str:
     return ":".join(parts[:2]) + (f" {function}" if function else "")
 
 
+def is_at_a_line(source_info: Any) -> bool:
+    """Whether an equation comes from a line of the user's, not from a library function alone.
+
+    jax traces library functions once for all their callers.
+    """
+    return bool(line_of(frames(source_info)))
+
+
 def line_of(found: Sequence[tuple[str, int, str]]) -> str:
     """The innermost of these (file, line, function) that is the user's; empty where none is."""
     for file, line, function in found:

@@ -8,7 +8,7 @@ and the sums with its own summands added. jax compiles it for the devices of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -126,7 +126,7 @@ def _through(e: Equation, alias: Mapping[int, int]) -> Equation:
             p = alias[p]
         return p
 
-    return Equation(e.eqn, e.path, tuple(map(real, e.ins)), e.outs, e.phase)
+    return replace(e, ins=tuple(map(real, e.ins)))
 
 
 def _task(

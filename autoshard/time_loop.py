@@ -17,7 +17,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.jax_compat import Literal, bind, open_jaxpr, traced_at
+from autoshard.jax_compat import Literal, at_lines_of, bind, open_jaxpr, traced_at
+from autoshard.sources import is_at_a_line
 from autoshard.step import Step, parts_of, whole_of
 from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
@@ -48,6 +49,7 @@ class Equation:
     ins: tuple[Any, ...]
     outs: tuple[int, ...]
     phase: str
+    caller: Any = None  # the equation, it or one around, that is at a line of the user's
 
 
 class Program:
@@ -83,10 +85,11 @@ class Program:
             scope[var] = self.place(WHOLE, var.aval)
             self.consts[scope[var]] = value
 
-    def flatten(self, jaxpr: Any, scope: dict[Any, Any], path: Path) -> None:
-        """Add the equations of a body. scope: the places of its variables."""
+    def flatten(self, jaxpr: Any, scope: dict[Any, Any], path: Path, outside: Any = None) -> None:
+        """Add the equations of a body. scope: the places of its variables; outside: its caller."""
         for i, eqn in enumerate(jaxpr.eqns):
             here, name = (*path, i), eqn.primitive.name
+            caller = eqn if is_at_a_line(eqn.source_info) else outside
             ins = tuple(_place(v, scope) for v in eqn.invars)
             if name in INLINED or name in REMAT or name == "custom_linear_solve":
                 body = eqn.params.get(INLINED.get(name, "jaxpr"))
@@ -98,14 +101,15 @@ class Program:
                 inner, consts = open_jaxpr(body)
                 within: dict[Any, Any] = dict(zip(inner.invars, ins, strict=True))
                 self.add_consts(inner, consts, within)
-                self.flatten(inner, within, here)
+                self.flatten(inner, within, here, caller)
                 for var, result in zip(eqn.outvars, inner.outvars, strict=True):
                     scope[var] = _place(result, within)
                 continue
             views = self.result_views(eqn, here)
             outs = tuple(self.place(w, v.aval) for w, v in zip(views, eqn.outvars, strict=True))
             scope.update(zip(eqn.outvars, outs, strict=True))
-            self.equations.append(Equation(eqn, here, ins, outs, self.loop.phases[here]))
+            phase = self.loop.phases[here]
+            self.equations.append(Equation(eqn, here, ins, outs, phase, caller))
 
     def barrier(self, ins: tuple[Any, ...], path: Path) -> tuple[Any, ...]:
         """New places for what lives in the loop; what is there before or after it stays."""
@@ -130,7 +134,9 @@ class Program:
     def run(self, flat: Sequence[Any]) -> list[Any]:
         """The function's results, flat."""
         env = self.ahead(flat)
-        self.in_steps(env)
+        first = next(e for e in self.equations if e.phase == "loop" and e.eqn is not None)
+        with at_lines_of(first.caller or first.eqn):
+            self.in_steps(env)
         return self.results(env)
 
     def ahead(self, flat: Sequence[Any]) -> dict[int, Any]:
@@ -152,7 +158,7 @@ class Program:
         """Equations on whole values, in order."""
         for e in equations:
             operands = [p.val if isinstance(p, Literal) else env[p] for p in e.ins]
-            with traced_at(e.eqn):
+            with traced_at(e.eqn, e.caller):
                 env.update(zip(e.outs, bind(e.eqn, operands), strict=True))
 
     def in_steps(self, env: dict[int, Any]) -> None:
@@ -220,7 +226,8 @@ class Program:
             if e.eqn is None:
                 outs = list(lax.optimization_barrier(tuple(operands)))
             else:
-                with traced_at(e.eqn):
+                step.caller = e.caller
+                with traced_at(e.eqn, e.caller):
                     outs = step.equation(e.eqn, operands, e.path)
             local.update(zip(e.outs, outs, strict=True))
         return local

@@ -148,8 +148,7 @@ class _Follow:
         self.zeros = _zeros(graph)
         self.entries = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == "loop_enter"}
         self.first_round = False
-        self.carries = dict(graph.ties)  # a loop's carry -> what the next round gets
-        self.made_by = graph.producers()
+        self.carries = {out: carry for carry, out in graph.ties}  # by what the next round gets
 
     def run(self) -> TimeLoop:
         units = list(_units(self.graph))
@@ -316,7 +315,7 @@ class _Follow:
 
     def next_round(self, op: Op, entered: dict[int, View]) -> bool:
         """What the next round of a loop gets is seen as what this one got."""
-        carry = next(c for c, out in self.carries.items() if out == op.outputs[0])
+        carry = self.carries[op.outputs[0]]
         have, made = self.views[carry], self.views[op.outputs[0]]
         if have == made:
             return True
@@ -364,7 +363,8 @@ class _Follow:
                     self.sink_one(op, unit, readers)
 
     def can_sink(self, op: Op) -> bool:
-        carries = op.is_link and (op.name != "loop_enter" or op.outputs[0] in self.carries)
+        moves = set(self.carries.values())
+        carries = op.is_link and (op.name != "loop_enter" or op.outputs[0] in moves)
         if carries or op.effects or len(op.outputs) != 1 or op.id in self.ahead:
             return False
         outside = op.name in _PLACED or op.name.startswith(_RANDOM)

@@ -305,3 +305,15 @@ def test_nothing_runs_in_steps() -> None:
 
     with pytest.raises(NoTimeLoop, match=r"nothing of fn .* test_microbatches.py"):
         autoshard.plan(fn, jnp.ones((8, 4)), jnp.ones((4, 4)), cluster="cpu:8", microbatches=2)
+
+
+def test_lines_stay_the_users() -> None:
+    """Also of what jax traces once for all callers (a variance), and of the loop itself."""
+
+    def fn(w: Any, x: Any) -> Any:
+        return jnp.var(x @ w, axis=-1).mean()
+
+    args = jnp.ones((4, 4)), jnp.ones((8, 4))
+    made, _ = cut(fn, args, 2)
+    graph = trace(made, *args).graph
+    assert {op.source.split(":")[0] for op in graph.ops} == {"test_microbatches.py"}
