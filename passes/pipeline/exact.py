@@ -163,6 +163,7 @@ class _Model:
         solver.parameters.num_workers = 1
         solver.parameters.random_seed = 1
         solver.parameters.max_deterministic_time = work
+        solver.parameters.catch_sigint_signal = False  # Ctrl-C stays what it was
         status = solver.solve(self.model)
         spent = solver.response_proto.deterministic_time
         if status not in (self.cp_model.OPTIMAL, self.cp_model.FEASIBLE):

@@ -6,6 +6,7 @@ import datetime
 import re
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,9 +272,17 @@ def test_every_program_runs_any_number_of_turns(name: str) -> None:
         probe.run(turns)
 
 
+def _calibrated(out: Path) -> autoshard.Cluster:
+    """What the error asks for: again, while something else keeps the machine too busy."""
+    for _ in range(5):
+        with suppress(autoshard.CalibrationError):
+            return autoshard.calibrate(out=out, quick=True)
+    return autoshard.calibrate(out=out, quick=True)
+
+
 @pytest.mark.slow
 def test_a_real_quick_calibration(tmp_path: Path) -> None:
-    found = autoshard.calibrate(out=tmp_path / "mine.toml", quick=True)
+    found = _calibrated(tmp_path / "mine.toml")
     assert found.devices == 8
     # Not a test of the machine: only that no figure is absurd.
     assert 1e7 < found.chip.peak_flops["float32"] < 1e13

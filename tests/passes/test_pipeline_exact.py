@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -131,3 +134,28 @@ def test_without_work_what_is_known_is_said() -> None:
     costs = even(4, 4, 5, 6, 4, 1)
     exact = solve(start(costs, 8, 4), 4, 120.0, 0.0)
     assert exact.bound >= 120.0
+
+
+def test_ctrl_c_stays_what_it_was() -> None:
+    """OR-tools would leave a handler behind that ends the process."""
+    code = (
+        "import os, signal\n"
+        "from passes.pipeline.exact import solve\n"
+        "from passes.pipeline.generators import one_f_one_b\n"
+        "from passes.pipeline.stage_costs import even\n"
+        "from passes.pipeline.timeline import simulate\n"
+        "solve(simulate(one_f_one_b(2, 3), even(2, 2, 5, 6, 4)), 2, 0.0, 0.1)\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "interrupted\n", done.stderr
