@@ -141,10 +141,10 @@ def test_ctrl_c_stays_what_it_was() -> None:
     code = (
         "import os, signal\n"
         "from passes.pipeline.exact import solve\n"
-        "from passes.pipeline.generators import one_f_one_b\n"
+        "from passes.pipeline.generators import zb_h1\n"
         "from passes.pipeline.stage_costs import even\n"
         "from passes.pipeline.timeline import simulate\n"
-        "solve(simulate(one_f_one_b(2, 3), even(2, 2, 5, 6, 4)), 2, 0.0, 0.1)\n"
+        "solve(simulate(zb_h1(2, 3), even(2, 2, 5, 6, 4)), 2, 0.0, 0.1)\n"
         "try:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "except KeyboardInterrupt:\n"
