@@ -60,7 +60,15 @@ def loops(traced: Traced) -> Iterator[TimeLoop]:
                 yield time_loop(graph, {v: Split(d, low)}, 2, traced.deciders)
 
 
-def same(got: jax.Array, want: jax.Array) -> bool:
+def rounding(traced: Traced) -> float:
+    """As far as sums of the shortest floats in it may differ, relative to the largest number."""
+    short = {v.type.dtype for v in traced.graph.values}
+    if any(name.startswith("float8") for name in short):
+        return 0.3
+    return 3e-2 if short & {"bfloat16", "float16"} else 2e-3
+
+
+def same(got: jax.Array, want: jax.Array, near: float) -> bool:
     if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
         got, want = jax.random.key_data(got), jax.random.key_data(want)
     if got.shape != want.shape or got.dtype != want.dtype:
@@ -69,7 +77,14 @@ def same(got: jax.Array, want: jax.Array) -> bool:
         np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
         for x in (got, want)
     ]
-    return bool(np.allclose(*wide, rtol=2e-3, atol=2e-4, equal_nan=True))
+    if wide[1].dtype != np.float64:
+        return bool(np.allclose(*wide, rtol=2e-3, atol=2e-4, equal_nan=True))
+    finite = np.abs(wide[1][np.isfinite(wide[1])])
+    return bool(
+        np.allclose(
+            *wide, rtol=near, atol=near * (0.1 + finite.max(initial=0)) / 10, equal_nan=True
+        )
+    )
 
 
 def different() -> list[Sample]:
@@ -100,7 +115,8 @@ def check(traced: Traced, numbers: Sequence[Any], want: Sequence[Any]) -> None:
     got = jax.jit(lambda *numbers: [run(*numbers) for run in runs])(*numbers)
     for loop, results in zip(found, got, strict=True):
         pairs = zip(results, want, strict=True)
-        assert all(same(x, y) for x, y in pairs), f"{loop.seeds}: {loop.views}"
+        right = all(same(x, y, rounding(traced)) for x, y in pairs)
+        assert right, f"{loop.seeds}: {loop.views}"
 
 
 @pytest.mark.parametrize("name", CASES)
