@@ -5,7 +5,7 @@ starts each task on its stage's devices; arrays are futures, so that starting re
 work is done, and stages work beside one another (as in Pathways, Barham et al., arXiv 2203.12533).
 What a task makes is sent to the stage that needs it at once, and let go when the last task that
 needs it has been started. The controller is never more than a few tasks of a device ahead of what
-is done, so that no more lies in memory than the table says.
+is done, so that little more lies in memory than the table says.
 """
 
 from __future__ import annotations
