@@ -11,13 +11,14 @@ What depends on arguments only is computed where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
 from autoshard.jax_compat import Literal
+from autoshard.stacked import Stacked
 from autoshard.step import whole_of
 from autoshard.time_loop import Equation, Program
 from passes.time_axis import PARTIAL, Split
@@ -27,7 +28,7 @@ from passes.time_axis import PARTIAL, Split
 class Group:
     """Equations of one stage, run together.
 
-    inputs: places of arguments that it takes. made: places that the loop makes; ins: that earlier
+    inputs: places of arguments, or of their slices, that it takes. made: places that the loop makes; ins: that earlier
     groups do. outs: what it gives.
     """
 
@@ -39,14 +40,16 @@ class Group:
     outs: tuple[int, ...]
 
 
-def update_groups(program: Program, homes: Mapping[int, int]) -> tuple[Group, ...]:
+def update_groups(
+    program: Program, homes: Mapping[int, int], apart: Stacked
+) -> tuple[Group, ...]:
     """The groups in order. homes: of each place that the loop makes, the stage where it lies."""
     home: dict[int, int] = dict(homes)
     level: dict[int, int] = {}
     groups: dict[tuple[int, int], list[Equation]] = {}
     free: dict[int, Equation] = {}  # by what it makes: equations that may be done anywhere
     for e in program.equations:
-        if e.phase == "loop":
+        if e.phase == "loop" or apart.skips(e):
             continue
         placed = [p for p in e.ins if isinstance(p, int) and p in home]
         if not placed:
@@ -58,7 +61,9 @@ def update_groups(program: Program, homes: Mapping[int, int]) -> tuple[Group, ..
         groups.setdefault((here, stage), []).append(e)
         for p in e.outs:
             home[p], level[p] = stage, here
-    wanted = {p for p in program.outputs if isinstance(p, int)}
+    results = [q for p in program.outputs_placed() for q in apart.joins.get(p, (p,))]
+    wanted = set(results)
+    arguments = {*program.inputs, *apart.cuts}
     made_in = {p: key for key, own in groups.items() for e in own for p in e.outs}
     for key, own in groups.items():
         taken = {p for e in own for p in e.ins if isinstance(p, int)}
@@ -66,10 +71,10 @@ def update_groups(program: Program, homes: Mapping[int, int]) -> tuple[Group, ..
     out = []
     for (_, stage), own in sorted(groups.items(), key=lambda item: item[0]):
         outs = [p for e in own for p in e.outs if p in wanted]
-        out.append(_group(program, stage, own, outs, free, homes))
-    rest = [p for p in program.outputs if isinstance(p, int) and p not in made_in]
+        out.append(_group(program, stage, own, outs, free, homes, arguments))
+    rest = [p for p in results if p not in made_in]
     if rest:
-        out.append(_group(program, 0, [], list(dict.fromkeys(rest)), free, homes))
+        out.append(_group(program, 0, [], list(dict.fromkeys(rest)), free, homes, arguments))
     return tuple(out)
 
 
@@ -80,12 +85,12 @@ def _group(
     outs: Sequence[int],
     free: Mapping[int, Equation],
     homes: Mapping[int, int],
+    arguments: Collection[int],
 ) -> Group:
     here = {p for e in own for p in e.outs}
     needed = [p for e in own for p in e.ins] + [p for p in outs if p not in here]
     ahead, taken = closure(needed, free)
     taken = [p for p in taken if p not in here and p not in program.consts]
-    arguments = set(program.inputs)
     return Group(
         stage,
         (*ahead, *own),

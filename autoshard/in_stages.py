@@ -40,9 +40,11 @@ def in_stages(
     *,
     microbatches: int,
     count: int,
+    apart: bool = True,
 ) -> Staged:
     """A function in so many stages and microbatches. options: those of `jax.jit`.
 
+    apart: whether the gradients of weights are tasks of their own; else all that is backward is B.
     Raises NoTimeLoop and NoStages.
     """
 
@@ -59,6 +61,8 @@ def in_stages(
 
     traced = trace(fn, *args, **options, **kwargs)
     traced = again(fn, traced, in_pieces(traced, count))
-    traced = again(fn, traced, weights_apart(traced, loop_of(traced)))
+    if apart:
+        traced = again(fn, traced, weights_apart(traced, loop_of(traced)))
     loop = loop_of(traced)
-    return Staged(traced, loop, stages_of(loop, traced.backward, count))
+    stages = stages_of(loop, traced.backward, count)
+    return Staged(traced, loop, stages if apart else stages.joined())

@@ -19,7 +19,7 @@ from jax import lax
 from autoshard.island import island, needs_island
 from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts, traced_at
 from autoshard.mesh import named_sharding
-from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
+from autoshard.trace import BARRIER, INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
 from passes.ir.plan import Axes, Plan
 from passes.ir.sharding import PARTIAL
@@ -141,6 +141,8 @@ class _Emitter:
             return self.while_loop(eqn, operands, path)
         if name == "cond":
             return self.cond(eqn, operands, path)
+        if name == BARRIER and len(operands) > 1:
+            return self.barrier(eqn, operands, path)
         return self.planned(eqn, operands, path)
 
     def planned(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
@@ -163,6 +165,17 @@ class _Emitter:
         if path in self.twins:
             self.made_by[path] = outs
         return outs
+
+    def barrier(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """A barrier around several values, each of which has a plan of its own."""
+        ops = [self.ops.get((*path, "out", k)) for k in range(len(operands))]
+        taken = [
+            x if op is None else self.operand(op, 0, x) for op, x in zip(ops, operands, strict=True)
+        ]
+        outs = bind(eqn, taken)
+        return [
+            x if op is None else self.made(op, [x])[0] for op, x in zip(ops, outs, strict=True)
+        ]
 
     def remat(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
         """What jax lowers remat to: a barrier that keeps XLA from reusing the first run."""

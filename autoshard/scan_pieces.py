@@ -8,17 +8,19 @@ a piece are a slice of the stacked ones. `in_pieces(traced, count)` gives the fu
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.jax_compat import open_jaxpr, scan_counts
+from autoshard.jax_compat import bind, open_jaxpr, scan_counts, traced_at
 from autoshard.rewalk import Rewalk
 from autoshard.trace import INLINED, Path, Traced
+from passes.ir.graph import Op
 
 
 def in_pieces(traced: Traced, count: int) -> Callable[..., list[Any]]:
@@ -29,9 +31,10 @@ def in_pieces(traced: Traced, count: int) -> Callable[..., list[Any]]:
     length = layers_of(traced)
     jaxpr, consts = open_jaxpr(traced.jaxpr)
     at = bounds(length, count)
+    ops = {op.path: op for op in traced.graph.ops}
 
     def run(*flat: Any) -> list[Any]:
-        return [_joined(x) for x in _Walker(length, at).walk(jaxpr, consts, flat)]
+        return [_joined(x) for x in _Walker(length, at, ops).walk(jaxpr, consts, flat)]
 
     return run
 
@@ -62,6 +65,15 @@ class _Pieces:
     parts: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class _Made:
+    """How an array was made. caller: the equation around it that is at a line of the user's."""
+
+    eqn: Any
+    operands: tuple[Any, ...]
+    caller: Any
+
+
 def _joined(x: Any) -> Any:
     return jnp.concatenate(x.parts) if isinstance(x, _Pieces) else x
 
@@ -69,18 +81,45 @@ def _joined(x: Any) -> Any:
 class _Walker(Rewalk):
     """Computes a jaxpr with its scans of that length in pieces."""
 
-    def __init__(self, length: int, at: Sequence[int]) -> None:
-        self.length, self.at = length, at
+    def __init__(self, length: int, at: Sequence[int], ops: Mapping[Path, Op]) -> None:
+        self.length, self.at, self.ops = length, at, ops
         self.cut: dict[int, tuple[Any, _Pieces]] = {}  # arrays live with their ids
+        self.made: dict[int, tuple[Any, _Made]] = {}  # whole arrays that could be made in pieces
 
     def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """Arrays, or pieces of arrays."""
         name = eqn.primitive.name
         if name == "scan" and eqn.params["length"] == self.length > 1 < len(self.at) - 1:
             return self.scan(eqn, operands)
-        if name not in INLINED:
-            operands = [_joined(x) for x in operands]
-        return super().equation(eqn, operands, path)
+        if name in INLINED:
+            return super().equation(eqn, operands, path)
+        op = self.ops.get(path)
+        each = op is not None and _element_by_element(op)
+        if any(isinstance(x, _Pieces) for x in operands):
+            if each:
+                return self.in_parts(_Made(eqn, tuple(operands), self.caller))
+            if name in _REDUCED and 0 in eqn.params["axes"]:
+                return [self.reduced(eqn, operands[0])]
+        outs = super().equation(eqn, [_joined(x) for x in operands], path)
+        if each and eqn.outvars[0].aval.shape[:1] == (self.length,):
+            made = _Made(eqn, tuple(operands), self.caller)
+            self.made.update((id(x), (x, made)) for x in outs)
+        return outs
+
+    def in_parts(self, made: _Made) -> list[Any]:
+        """The results of an equation that works element by element, in pieces."""
+        cut = [self.pieces(x) if _dims(x) else x for x in made.operands]
+        parts = []
+        with traced_at(made.eqn, made.caller):
+            for k in range(len(self.at) - 1):
+                own = [x.parts[k] if isinstance(x, _Pieces) else x for x in cut]
+                parts.append(bind(made.eqn, own))
+        return [_Pieces(tuple(outs)) for outs in zip(*parts, strict=True)]
+
+    def reduced(self, eqn: Any, x: _Pieces) -> Any:
+        """A reduction over the layers and more: of each piece, and then of these."""
+        parts = [bind(eqn, [part])[0] for part in x.parts]
+        return functools.reduce(_REDUCED[eqn.primitive.name], parts)
 
     def scan(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         """One scan after the other, the last layers first where it is reversed."""
@@ -107,6 +146,31 @@ class _Walker(Rewalk):
         if isinstance(x, _Pieces):
             return x
         if id(x) not in self.cut:
-            ends = itertools.pairwise(self.at)
-            self.cut[id(x)] = x, _Pieces(tuple(lax.slice_in_dim(x, a, b) for a, b in ends))
+            made = self.made.get(id(x))
+            if made is not None:
+                self.cut[id(x)] = x, self.in_parts(made[1])[0]
+            else:
+                ends = itertools.pairwise(self.at)
+                self.cut[id(x)] = x, _Pieces(tuple(lax.slice_in_dim(x, a, b) for a, b in ends))
         return self.cut[id(x)][1]
+
+
+_REDUCED = {"reduce_sum": lax.add, "reduce_max": lax.max, "reduce_min": lax.min}
+
+
+def _dims(x: Any) -> int:
+    return 1 if isinstance(x, _Pieces) else int(jnp.ndim(x))
+
+
+def _element_by_element(op: Op) -> bool:
+    """Whether each element of the result is made of the same elements of the operands."""
+    rule = op.rule
+    if op.name in _REDUCED or len(rule.results) != 1 or not rule.results[0]:
+        return False
+    same = all(dims in ((), rule.results[0]) for dims in rule.operands)
+    kinds = {rule.factors[i].kind for dim in rule.results[0] for i in dim}
+    return same and kinds == {"parallel"} and any(rule.operands) and op.name not in _PLACED
+
+
+# The same elements too, but with sizes or places among their parameters.
+_PLACED = frozenset({"reshape", "broadcast_in_dim", "sharding_constraint", "reshard"})

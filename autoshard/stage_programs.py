@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from autoshard.after_stages import closure
+from autoshard.stacked import Stacked, stacked
 from autoshard.step import parts_of
 from autoshard.time_loop import Equation, Program, wide
 from passes.stages import Stages
@@ -50,17 +51,35 @@ class StagePrograms:
     program: Program
     tasks: Mapping[tuple[int, str], TaskProgram]
     after: tuple[int, ...]  # places that what comes after the loop needs of it
+    stacked: Stacked
 
     def of(self, stage: int) -> list[TaskProgram]:
-        """The tasks of a stage."""
-        return [t for (s, _), t in self.tasks.items() if s == stage]
+        """The tasks of a stage, in the order in which a microbatch takes them."""
+        found = [self.tasks.get((stage, kind)) for kind in "FBW"]
+        return [t for t in found if t is not None]
+
+    def _before(self) -> dict[int, Equation]:
+        """What is computed before the loop, by what it makes; slices of arguments are not."""
+        own = [e for e in self.program.equations if e.phase == "before"]
+        return {p: e for e in own if not self.stacked.skips(e) for p in e.outs}
+
+    def whole(self, stage: int) -> tuple[tuple[int, ...], Callable[..., list[Any]]]:
+        """Places of arguments or their slices, and from these to what tasks take whole."""
+        program, outside = self.program, outside_of(self.of(stage))
+        ahead, taken = closure(outside, self._before())
+
+        def run(given: Mapping[int, Any]) -> list[Any]:
+            env = {**program.consts, **given}
+            program.compute(env, ahead)
+            return [env[p] for p in outside]
+
+        return tuple(p for p in taken if p not in program.consts), run
 
     def prepare(self, stage: int) -> tuple[tuple[int, ...], Callable[..., Lying]]:
-        """Places of arguments, and from these to what lies on a stage for all its tasks."""
+        """Places of arguments or their slices, and from these to what lies there for all tasks."""
         own, program = self.of(stage), self.program
         outside, parts, sums = outside_of(own), parts_of_tasks(own), sums_of(own)
-        before = {p: e for e in program.equations if e.phase == "before" for p in e.outs}
-        ahead, taken = closure([*outside, *(p for p, _ in parts)], before)
+        ahead, taken = closure([*outside, *(p for p, _ in parts)], self._before())
         inputs = tuple(p for p in taken if p not in program.consts)
 
         def run(*given: Any) -> Lying:
@@ -100,10 +119,14 @@ def stage_programs(program: Program, stages: Stages) -> StagePrograms:
             alias.update(zip(e.outs, e.ins, strict=True))
     inside = [_through(e, alias) for e in inside if e.eqn is not None]
     after = tuple(dict.fromkeys(alias.get(p, p) for p in program.needed_after()))
+    again = _anywhere(program, inside, after)
+    inside = [e for e in inside if e.outs[0] not in again]
     owner = {p: stages_key(stages, e) for e in inside for p in e.outs}
     by_task: dict[tuple[int, str], list[Equation]] = {}
     for e in inside:
         by_task.setdefault(stages_key(stages, e), []).append(e)
+    for key, own in by_task.items():
+        by_task[key] = [*closure((p for e in own for p in e.ins), again)[0], *own]
     users: dict[int, set[tuple[int, str]]] = {}
     for e in inside:
         for p in e.ins:
@@ -112,7 +135,26 @@ def stage_programs(program: Program, stages: Stages) -> StagePrograms:
     tasks = {
         key: _task(program, key, own, owner, users, after) for key, own in sorted(by_task.items())
     }
-    return StagePrograms(program, tasks, tuple(p for p in after if p in owner))
+    made = tuple(p for p in after if p in owner)
+    return StagePrograms(program, tasks, made, stacked(program))
+
+
+def _anywhere(
+    program: Program, inside: Sequence[Equation], after: Sequence[int]
+) -> dict[int, Equation]:
+    """Equations, by what they make, that each task does for itself rather than wait for another's.
+
+    Nothing of the batch is in them, and they cost little, such as masks.
+    """
+    found: dict[int, Equation] = {}
+    outside = {p for e in inside for p in e.outs} | {p for p, _ in program.parts(inside)}
+    for e in inside:
+        op = program.ops.get(e.path)
+        whole = all(p in found or (p not in outside and program.part(e, k) is None)
+                    for k, p in enumerate(e.ins) if isinstance(p, int))
+        if op is not None and op.rule.fuses and whole and not set(e.outs) & set(after):
+            found.update(dict.fromkeys(e.outs, e))
+    return found
 
 
 def stages_key(stages: Stages, e: Equation) -> tuple[int, str]:
@@ -176,10 +218,23 @@ def run_task(
 ) -> tuple[list[Any], list[Any]]:
     """What a task gives, and the sums with its own. parts: all of them, by microbatch."""
     taken = [jax.lax.dynamic_index_in_dim(x, time, keepdims=False) for x in parts]
+    return run_step(program, task, time, outside, taken, ins, sums)
+
+
+def run_step(
+    program: Program,
+    task: TaskProgram,
+    time: Any,
+    outside: Sequence[Any],
+    parts: Sequence[Any],
+    ins: Sequence[Any],
+    sums: Sequence[Any],
+) -> tuple[list[Any], list[Any]]:
+    """The same. parts: of this microbatch."""
     local = program.one_step(
         task.equations,
         dict(zip(task.outside, outside, strict=True)),
-        dict(zip(task.parts, taken, strict=True)),
+        dict(zip(task.parts, parts, strict=True)),
         time,
         dict(zip(task.ins, ins, strict=True)),
     )

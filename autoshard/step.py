@@ -15,7 +15,7 @@ from jax import lax
 from autoshard.jax_compat import bind, open_jaxpr, scan_counts
 from autoshard.localize import local_params
 from autoshard.rewalk import Rewalk
-from autoshard.trace import REMAT, Path, solve_part
+from autoshard.trace import BARRIER, REMAT, Path, solve_part
 from passes.ir.graph import Op
 from passes.time_axis import Split, View
 from passes.time_loop import TimeLoop
@@ -81,6 +81,8 @@ class Step(Rewalk):
 
     def plain(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """An equation without a body."""
+        if eqn.primitive.name == BARRIER:
+            return bind(eqn, operands)
         op = self.ops[path]
         taken = [self.taken(op, k, x) for k, x in enumerate(operands)]
         views = [self.loop.views[v] for v in op.outputs]

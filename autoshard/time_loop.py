@@ -150,6 +150,10 @@ class Program:
         self.outside(env, "after")
         return [p.val if isinstance(p, Literal) else env[p] for p in self.outputs]
 
+    def outputs_placed(self) -> list[int]:
+        """The places of the results; literals have none."""
+        return [p for p in self.outputs if isinstance(p, int)]
+
     def outside(self, env: dict[int, Any], phase: str) -> None:
         """The equations before the loop, or after it, on whole values."""
         self.compute(env, [e for e in self.equations if e.phase == phase])

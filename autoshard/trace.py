@@ -40,6 +40,7 @@ INLINED = {
     "custom_transpose_call": "call_jaxpr",
 }
 REMAT = ("remat2", "checkpoint", "remat")
+BARRIER = "optimization_barrier"
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,17 @@ class _Builder:
                 inner = self.open_region(region, "remat", 1.0)
                 self._inline(eqn, eqn.params["jaxpr"], env, here, inner)
                 self.close_region(inner)
+            elif name == BARRIER and len(eqn.invars) > 1:
+                self._barrier(eqn, env, here, region)
             else:
                 self._plain(eqn, env, here, region)
+
+    def _barrier(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
+        """One operation for each operand: they need not be split along the same axes."""
+        source = source_of(eqn.source_info, self._caller)
+        for k, (atom, var) in enumerate(zip(eqn.invars, eqn.outvars, strict=True)):
+            v, type, at = self.read(atom, env), type_of(var.aval), (*path, "out", k)
+            env[var] = self.link(eqn.primitive.name, (v,), type, source, at, region)
 
     def _plain(self, eqn: Any, env: dict[Any, int], path: Path, region: int) -> None:
         sig, source = signature(eqn), source_of(eqn.source_info, self._caller)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cost_models.cluster import Cluster
-from cost_models.topology import lay
+from cost_models.topology import AxisLink, lay
 from passes.ir.graph import Hint
 from passes.ir.mesh import Mesh
 
@@ -49,6 +49,13 @@ def _factorisations(n: int, count: int, least: int) -> list[tuple[int, ...]]:
     for first in sorted((d for d in range(least, n + 1) if n % d == 0), reverse=True):
         out += [(first, *rest) for rest in _factorisations(n // first, count - 1, least)]
     return out
+
+
+def links_of(cluster: Cluster, mesh: Mesh) -> tuple[AxisLink, ...]:
+    """The links of each axis; of a mesh of fewer devices those of one of many, side by side."""
+    if mesh.devices == cluster.devices or cluster.devices % mesh.devices:
+        return lay(cluster, mesh.sizes)
+    return lay(cluster, (cluster.devices // mesh.devices, *mesh.sizes))[1:]
 
 
 def natural_meshes(solver: str, meshes: Sequence[Mesh]) -> list[Mesh]:

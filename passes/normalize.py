@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from passes.chains import BARRIER
 from passes.ir.graph import Graph, Op
 
 Path = tuple[int | str, ...]
@@ -32,7 +33,8 @@ def merge_same(graph: Graph) -> tuple[Graph, Mapping[Path, Path]]:
     for op in graph.ops:
         op = replace(op, id=len(ops), inputs=tuple(now[v] for v in op.inputs))
         twin = op
-        if op.rule.fuses and not op.is_link and not op.effects and hinted.isdisjoint(op.outputs):
+        cheap = op.rule.fuses and not op.is_link and op.name != BARRIER
+        if cheap and not op.effects and hinted.isdisjoint(op.outputs):
             types = tuple(graph.values[v].type for v in op.outputs)
             key = (op.name, op.region, op.inputs, types, repr(sorted(op.params.items())))
             twin = first.setdefault(key, op)

@@ -69,9 +69,11 @@ class Overlap:
         return Waited(self.outside, self.slows) if enough else WHOLE
 
 
-def overlap(graph: Graph, cluster: Cluster, links: Sequence[AxisLink]) -> Overlap:
+def overlap(
+    graph: Graph, cluster: Cluster, devices: int, links: Sequence[AxisLink]
+) -> Overlap:
     """What may overlap in a program on a mesh with these links."""
-    rate = cluster.devices * peak_flops(cluster.chip, "bfloat16")
+    rate = devices * peak_flops(cluster.chip, "bfloat16")
     busy = accumulate(op.rule.flops * graph.trips(op.region) / rate for op in graph.ops)
     before = (0.0, *busy)[: len(graph.ops)]
     bandwidth = max((link.bandwidth for link in links), default=1.0)

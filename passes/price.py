@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from cost_models.cluster import Cluster
-from cost_models.topology import lay
 from passes.compiler import sums_whole
 from passes.decisions import CARRIES, Decisions, DimMap, Group
 from passes.fusion import Fusion
@@ -26,6 +25,7 @@ from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
+from passes.meshes import links_of
 from passes.op_cost import OpCost
 from passes.overlap import overlap
 from passes.priced import HintUnmet, Meaning, Priced, label_of
@@ -82,7 +82,7 @@ class _Pricer:
         self.graph, self.mesh, self.cluster, self.same = graph, mesh, cluster, same
         self.decisions, self.live = decisions, live
         self.sizes = mesh.sizes
-        self.links = lay(cluster, mesh.sizes)
+        self.links = links_of(cluster, mesh)
         self.meanings: list[Meaning] = []
         self.costs: list[Costs] = []
         self.uses: list[list[Use]] = []
@@ -94,7 +94,7 @@ class _Pricer:
         self.layouts = Layouts(mesh.sizes)
         self.fusion, self.kept = fusion, fusion.kept
         self.narrow: set[int] = set()
-        self.overlap = overlap(graph, cluster, self.links)
+        self.overlap = overlap(graph, cluster, mesh.devices, self.links)
         self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
         fitted = cluster.chip.fitted

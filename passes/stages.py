@@ -42,6 +42,12 @@ class Stages:
     kind: Mapping[Path, str]
     flops: tuple[Mapping[str, float], ...]
 
+    def joined(self) -> Stages:
+        """The same stages with all that is backward in B."""
+        kind = {path: "B" if k == "W" else k for path, k in self.kind.items()}
+        flops = [{"F": f["F"], "B": f["B"] + f["W"], "W": 0.0} for f in self.flops]
+        return Stages(self.count, self.stage, kind, tuple(flops))
+
 
 @dataclass(frozen=True, slots=True)
 class _Unit:

@@ -21,7 +21,7 @@ from difflib import get_close_matches
 
 from passes.pipeline import both_ways, generators, offload, vee
 from passes.pipeline.auto import Best, best_schedule
-from passes.pipeline.schedule import Schedule, ScheduleError
+from passes.pipeline.schedule import Schedule, ScheduleError, straight, there_and_back
 from passes.pipeline.stage_costs import StageCosts, even
 from passes.pipeline.timeline import Timeline, simulate
 
@@ -100,28 +100,64 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
+class OfPieces:
+    """A setting whose pieces have costs of their own. Fields as those of `Setting`, limit in their
+    unit of memory.
+    """
+
+    devices: int
+    microbatches: int
+    chunks: int
+    pieces: StageCosts
+    limit: float | None = None
+
+    def costs(self, chunks: int = 1) -> StageCosts:
+        """Those of each piece; ScheduleError where the model is not cut so."""
+        return self.for_pieces(self.devices * chunks)
+
+    def for_pieces(self, pieces: int) -> StageCosts:
+        """The same, of so many pieces in all."""
+        if pieces != self.pieces.pieces:
+            raise ScheduleError(f"the model is cut into {self.pieces.pieces} pieces, not {pieces}")
+        return self.pieces
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
-    """A generator by its name. pieces: per device; none for as many as the setting's chunks."""
+    """A generator by its name. pieces: per device; none for as many as the setting's chunks.
+
+    apart: whether B and W are tasks of their own.
+    """
 
     name: str
-    make: Callable[[Setting], Schedule | Best]
+    make: Callable[[Setting | OfPieces], Schedule | Best]
     pieces: int | None = 1
+    apart: bool = True
 
 
-def _best(setting: Setting) -> Best:
+def _best(setting: Setting | OfPieces) -> Best:
     """The best schedule within the limit, or with all microbatches under way."""
-    limit = float(setting.microbatches) if setting.limit is None else setting.limit
-    return best_schedule(setting.devices, setting.microbatches, setting.for_pieces, limit)
+    ways = None
+    if isinstance(setting, OfPieces):
+        ways = [straight(setting.devices)]
+        if setting.chunks > 1:
+            ways = [there_and_back(setting.devices)]
+        most = sum(setting.pieces.activation) * setting.microbatches
+        limit = most if setting.limit is None else setting.limit
+    else:
+        limit = float(setting.microbatches) if setting.limit is None else setting.limit
+    return best_schedule(setting.devices, setting.microbatches, setting.for_pieces, limit, ways)
 
 
 PUBLISHED = (
-    Published("GPipe", lambda s: generators.gpipe(s.devices, s.microbatches)),
-    Published("1F1B", lambda s: generators.one_f_one_b(s.devices, s.microbatches)),
-    Published("eager 1F1B", lambda s: generators.eager(s.devices, s.microbatches)),
+    Published("GPipe", lambda s: generators.gpipe(s.devices, s.microbatches), apart=False),
+    Published("1F1B", lambda s: generators.one_f_one_b(s.devices, s.microbatches), apart=False),
+    Published("eager 1F1B", lambda s: generators.eager(s.devices, s.microbatches), apart=False),
     Published(
         "interleaved 1F1B",
         lambda s: generators.interleaved(s.devices, s.microbatches, s.chunks),
         pieces=None,
+        apart=False,
     ),
     Published("2BP", lambda s: generators.two_bp(s.devices, s.microbatches)),
     Published("ZB-H1", lambda s: generators.zb_h1(s.devices, s.microbatches)),
@@ -153,6 +189,19 @@ class Made:
     timeline: Timeline | None
     reason: str = ""
     bound: float | None = None
+
+
+def published(name: str) -> Published:
+    """The schedule of that name, however it is spelt; ScheduleError where there is none."""
+    return _called(name)
+
+
+def timeline_of(name: str, setting: OfPieces) -> Timeline:
+    """A schedule of that name with the costs of its pieces; ScheduleError where there is none."""
+    made = _called(name).make(setting)
+    if isinstance(made, Best):
+        return made.timeline
+    return simulate(made, setting.costs(made.pieces // made.devices))
 
 
 def schedules(setting: Setting, only: Sequence[str] = ()) -> tuple[Made, ...]:

@@ -1,0 +1,238 @@
+"""What does a pipeline of this form cost?  `PipelineCosts(...).of(form, schedule) -> Pipeline`.
+
+A form says how many stages, chunks, data-parallel groups and microbatches there are, and over which
+mesh each group shards what it has. The function is cut, each piece is planned on the devices of one
+group (`autoshard.stage_prices`; pieces of one structure once), and a schedule of that name is made
+for what the tasks take (`passes.pipeline`). After its last task a device sums its gradients over
+the groups and updates its weights.
+
+*memory* of a device: what lies there for all its pieces, and the most of: activations that the
+schedule keeps there and what the largest task needs; what the largest update needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from autoshard.cut_program import CutProgram, cut_program
+from autoshard.stage_prices import StagePrice, price_stage, traced_stage
+from autoshard.stage_step import stage_step
+from cost_models.cluster import Cluster
+from cost_models.collectives import seconds
+from cost_models.topology import AxisLink, lay
+from passes.ir.mesh import Mesh
+from passes.ir.plan import fingerprint, signature_of
+from passes.pipeline.published import OfPieces, published, timeline_of
+from passes.pipeline.schedule import ScheduleError
+from passes.pipeline.stage_costs import StageCosts
+from passes.pipeline.timeline import Timeline
+from passes.search import NoFeasiblePlan
+
+_ROUNDS = 3  # of planning the pieces again with less memory for each
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the devices are used: stages x groups x the mesh of a group.
+
+    chunks: pieces of the model per stage. microbatches: of each group. apart: whether the gradients
+    of weights are tasks of their own.
+    """
+
+    stages: int
+    groups: int
+    mesh: Mesh
+    microbatches: int
+    chunks: int = 1
+    apart: bool = False
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces the model is cut."""
+        return self.stages * self.chunks
+
+    @property
+    def steps(self) -> int:
+        """Into how many parts the batch is cut in all."""
+        return self.microbatches * self.groups
+
+    @property
+    def devices(self) -> int:
+        """How many devices it takes."""
+        return self.stages * self.groups * self.mesh.devices
+
+    def __str__(self) -> str:
+        inside = " ".join(f"{n}={s}" for n, s in self.mesh.as_dict().items() if s > 1)
+        chunks = f" in {self.chunks} chunks each" if self.chunks > 1 else ""
+        return (
+            f"{self.stages} stages{chunks}, data={self.groups} {inside}, "
+            f"{self.microbatches} microbatches"
+        ).replace(" ,", ",")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A form with a schedule and all prices. tails: per device seconds after its last task;
+    memory: per device bytes at its fullest moment.
+    """
+
+    form: Form
+    cut: CutProgram
+    prices: tuple[StagePrice, ...]
+    timeline: Timeline
+    tails: tuple[float, ...]
+    memory: tuple[float, ...]
+
+    @cached_property
+    def step_time(self) -> float:
+        """Seconds of a step."""
+        last = [0.0] * self.timeline.schedule.devices
+        for row in self.timeline.rows:
+            last[row.device] = max(last[row.device], row.end)
+        return max(end + tail for end, tail in zip(last, self.tails, strict=True))
+
+
+class PipelineCosts:
+    """Prices forms of one function on one cluster; remembers what it has cut and planned."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        cluster: Cluster,
+        limit: float,
+        hints: Mapping[str, Any] | None = None,
+        fused_attention: bool = False,
+    ) -> None:
+        self.call = fn, args, kwargs, options
+        self.cluster, self.limit, self.hints = cluster, limit, dict(hints or {})
+        self.fused_attention = fused_attention
+        self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
+        self.planned: dict[Any, StagePrice] = {}
+
+    def cut(self, form: Form) -> CutProgram:
+        """The function cut so; NoTimeLoop and NoStages where it can not be."""
+        key = form.steps, form.pieces, form.apart
+        if key not in self.cuts:
+            fn, args, kwargs, options = self.call
+            self.cuts[key] = cut_program(
+                fn, args, kwargs, options, steps=form.steps, pieces=form.pieces, apart=form.apart
+            )
+        return self.cuts[key]
+
+    def of(self, form: Form, name: str) -> Pipeline:
+        """The form with a schedule of that name.
+
+        Raises NoTimeLoop, NoStages, ScheduleError, and NoFeasiblePlan where it does not fit.
+        """
+        cut, limit = self.cut(form), self.limit / form.chunks
+        for _ in range(_ROUNDS):
+            prices = self.prices(form, cut, limit)
+            found = self.scheduled(form, cut, prices, name)
+            over = max(found.memory) - self.limit
+            if over <= 0:
+                return found
+            limit -= over / form.chunks * 1.02
+        raise NoFeasiblePlan(
+            f"{form} with {name}: a device needs {max(found.memory):.4g} bytes, and has "
+            f"{self.limit:.4g}"
+        )
+
+    def prices(self, form: Form, cut: CutProgram, limit: float) -> tuple[StagePrice, ...]:
+        """Every piece, planned."""
+        return tuple(self._price(form, cut, k, limit) for k in range(form.pieces))
+
+    def _price(self, form: Form, cut: CutProgram, piece: int, limit: float) -> StagePrice:
+        step = stage_step(cut.made, cut.groups, piece, form.microbatches)
+        traced = traced_stage(step, cut.names)
+        state = _state(step.arguments, step.results, cut.state)
+        donated = tuple(p in cut.donated for p in step.arguments)
+        like = fingerprint(signature_of(traced.graph))
+        key = like, state, donated, form.mesh, form.devices, limit, len(step.sent)
+        if key not in self.planned:
+            self.planned[key] = price_stage(
+                step,
+                traced,
+                self.cluster,
+                form.mesh,
+                limit,
+                cut.state,
+                cut.donated,
+                self.hints,
+                self.fused_attention,
+            )
+        return self.planned[key]
+
+    def scheduled(
+        self, form: Form, cut: CutProgram, prices: Sequence[StagePrice], name: str
+    ) -> Pipeline:
+        """A schedule for these prices; ScheduleError where there is none of that name."""
+        stages, data = self.links(form)
+        costs = StageCosts(
+            *(tuple(p.seconds[kind] for p in prices) for kind in "FBW"),
+            max(seconds("permute", p.sent, stages) for p in prices) if form.stages > 1 else 0.0,
+            tuple(p.activation for p in prices),
+            tuple(p.kept for p in prices),
+            tuple(self.over_host_link(p.activation) for p in prices),
+        )
+        lying = max(p.lying + p.working for p in prices) * form.chunks
+        room = max(self.limit - lying, max(costs.activation) * form.chunks)
+        setting = OfPieces(form.stages, form.microbatches, form.chunks, costs, room)
+        timeline = timeline_of(name, setting)
+        held = _held(timeline)
+        tails, memory = [], []
+        for own, activations in zip(held, timeline.peaks, strict=True):
+            here = [prices[k] for k in own]
+            tails.append(sum(_tail(p, data) for p in here))
+            most = max(activations + max(p.working for p in here), max(p.updating for p in here))
+            memory.append(sum(p.lying for p in here) + most)
+        return Pipeline(form, cut, tuple(prices), timeline, tuple(tails), tuple(memory))
+
+    def links(self, form: Form) -> tuple[AxisLink, AxisLink]:
+        """Between stages, and between the groups of one."""
+        stages, groups, *_ = lay(self.cluster, (form.stages, form.groups, *form.mesh.sizes))
+        return stages, groups
+
+    def over_host_link(self, nbytes: float) -> float:
+        """Seconds of so many bytes to the host, or back."""
+        rate = self.cluster.chip.host_bandwidth
+        return nbytes / rate if rate else 0.0
+
+
+def _tail(price: StagePrice, data: AxisLink) -> float:
+    """Seconds after the last task: gradients are summed over the groups, weights updated."""
+    summed = seconds("all_reduce", price.gradients, data) if data.size > 1 else 0.0
+    return summed + price.update
+
+
+def _held(timeline: Timeline) -> list[list[int]]:
+    """Per device the pieces that lie there."""
+    out: list[list[int]] = [[] for _ in range(timeline.schedule.devices)]
+    for way in timeline.schedule.ways:
+        for piece, place in enumerate(way):
+            out[place.device].append(piece)
+    return out
+
+
+def _state(
+    arguments: Sequence[int], results: Sequence[int], state: Mapping[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """Which argument is replaced by which result, by their numbers."""
+    at = {p: k for k, p in enumerate(results)}
+    return tuple((k, at[state[p]]) for k, p in enumerate(arguments) if state.get(p) in at)
+
+
+def fits(name: str, form: Form) -> str:
+    """Why a schedule of that name is none for a form; "" where it may be."""
+    wanted = published(name)
+    if wanted.pieces is not None and wanted.pieces != form.chunks and name != "auto":
+        return f"{name} has {wanted.pieces} chunks"
+    return ""
+
+
+__all__ = ["Form", "Pipeline", "PipelineCosts", "ScheduleError", "fits"]
