@@ -3,14 +3,15 @@
 Every stage has devices of its own. The controller walks the table in the order of its times and
 starts each task on its stage's devices; arrays are futures, so that starting returns before the
 work is done, and stages work beside one another (as in Pathways, Barham et al., arXiv 2203.12533).
-What a task makes is sent to the stage that needs it at once, and let go when the last task that
-needs it has been started. The controller is never more than a few tasks of a device ahead of what
-is done, so that little more lies in memory than the table says.
+What a task makes is sent to the stages that need it at once, and let go when the last task that
+needs it has been started (`autoshard.between_tasks`). The controller is never more than a few tasks
+of a device ahead of what is done, and waits before it starts what would not fit beside what the
+table holds at its peak (`autoshard.in_flight`).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,15 +20,18 @@ import jax
 import numpy as np
 
 from autoshard.after_stages import run_group, update_groups
+from autoshard.between_tasks import Shelf, donated, handed_on
+from autoshard.in_flight import InFlight
 from autoshard.jax_compat import Literal
+from autoshard.stage_notes import held_whole, not_moved
 from autoshard.stage_programs import (
     StagePrograms,
     TaskProgram,
     outside_of,
     parts_of_tasks,
-    run_task,
     stage_programs,
     sums_of,
+    task_function,
 )
 from autoshard.time_loop import Program
 from autoshard.trace import Traced
@@ -45,7 +49,8 @@ class Controller:
     """Runs a traced function over stages.
 
     devices: per device of the schedule those that its stages run on, as many for each. ahead: how
-    many tasks of a device may be started that are not done yet.
+    many tasks of a device may be started that are not done yet. notes: what is done otherwise than
+    asked for. flight: what lay in memory in the last call.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Controller:
         stages: Stages,
         schedule: Schedule,
         devices: Sequence[Sequence[Any]],
-        ahead: int = 2,
+        ahead: int = 4,
     ) -> None:
         self.ahead = ahead
         self.traced, self.schedule, self.stages = traced, schedule, stages
@@ -66,6 +71,13 @@ class Controller:
             for way in schedule.ways
         ]
         timeline = simulate(schedule, costs_of(stages))
+        self.host = _host_memory(self.meshes)
+        alone = dataclasses.replace(schedule, transfers=())
+        self.limits = timeline.peaks if self.host else simulate(alone, costs_of(stages)).peaks
+        self.notes = (
+            *(() if self.host else not_moved(schedule, timeline.peaks, self.limits)),
+            *held_whole(self.made, [mesh.size for mesh in self.meshes[0]]),
+        )
         both = (*timeline.rows, *timeline.transfers)
         self.rows = sorted(both, key=lambda r: (r.start, r.end, r.device))
         self.needed, prepare = zip(
@@ -73,16 +85,25 @@ class Controller:
         )
         self.prepare = [jax.jit(run) for run in prepare]
         homes = {p: t.stage for t in self.made.tasks.values() for p in (*t.outs, *t.sums)}
-        self.groups = update_groups(self.program, {p: homes[p] for p in self.made.after})
+        after = {p: homes[p] for p in self.made.after}
+        self.groups = update_groups(self.program, after, self.made.stacked)
         self.updates = [jax.jit(partial(run_group, self.program, g)) for g in self.groups]
+        self.between = handed_on(self.made)
+        self.donated = {
+            key: donated(self.made, task, self.between, self._share)
+            for key, task in self.made.tasks.items()
+        }
         self.steps = {key: self._compiled(task) for key, task in self.made.tasks.items()}
-        self.users: dict[int, int] = {}
-        for task in self.made.tasks.values():
-            for p in task.ins:
-                self.users[p] = self.users.get(p, 0) + 1
+        self.flight = InFlight(self.limits, ahead)
 
     def _compiled(self, task: TaskProgram) -> Callable[..., Any]:
-        return jax.jit(partial(run_task, self.program, task), donate_argnums=4)
+        given = self.donated[task.stage, task.kind]
+        return jax.jit(task_function(self.program, task, given), donate_argnums=4)
+
+    def _share(self, stage: int, other: int) -> bool:
+        """Whether two stages have a device in common."""
+        pairs = ((set(way[stage].devices.flat), way[other].devices.flat) for way in self.meshes)
+        return any(not own.isdisjoint(others) for own, others in pairs)
 
     def __call__(self, *flat: Any) -> list[Any]:
         """The results of the function, flat."""
@@ -90,16 +111,18 @@ class Controller:
             [self._prepared(stage, mesh, flat) for stage, mesh in enumerate(meshes)]
             for meshes in self.meshes
         ]
-        values: dict[tuple[int, int], Any] = {}
-        left: dict[tuple[int, int], int] = {}
-        self.started: list[deque[Any]] = [deque() for _ in range(self.schedule.devices)]
+        shelf = Shelf(self.between, self.made.after, self._send)
+        self.flight = InFlight(self.limits, self.ahead)
         for row in self.rows:
             if row.kind in ("O", "R"):
-                self._move(row, values)
+                self._move(row, shelf)
                 continue
             for kind in "BW" if row.kind == "BW" else row.kind:
-                self._start(row, kind, state, values, left)
-        return self._after(flat, state, values)
+                self._start(row, kind, state, shelf)
+        return self._after(flat, state, shelf)
+
+    def _send(self, x: Any, microbatch: int, stage: int) -> Any:
+        return _sent(x, self.meshes[self.schedule.way_of[microbatch]][stage])
 
     def _prepared(self, stage: int, mesh: jax.sharding.Mesh, flat: Sequence[Any]) -> _OnStage:
         own = self.made.of(stage)
@@ -115,65 +138,57 @@ class Controller:
         )
 
     def _start(
-        self,
-        row: Row,
-        kind: str,
-        state: Sequence[Sequence[_OnStage]],
-        values: dict[tuple[int, int], Any],
-        left: dict[tuple[int, int], int],
+        self, row: Row, kind: str, state: Sequence[Sequence[_OnStage]], shelf: Shelf
     ) -> None:
-        m = row.microbatch
-        stage = self.schedule.piece(row.device, row.task)
+        m, device = row.microbatch, row.device
+        stage = self.schedule.piece(device, row.task)
         task = self.made.tasks.get((stage, kind))
+        if kind == "F":
+            self.flight.take(device)
         if task is None:
+            if kind == "W":
+                self.flight.nothing_to_do(device, (m, stage))
             return
-        way = self.schedule.way_of[m]
-        on, mesh = state[way][stage], self.meshes[way][stage]
-        outs, sums = self.steps[stage, kind](
+        self.flight.room_for_task(device)
+        on = state[self.schedule.way_of[m]][stage]
+        ins = shelf.take(task, m)
+        given = self.donated[stage, kind]
+        outs, sums, done = self.steps[stage, kind](
             np.int32(m),
             [on.outside[p] for p in task.outside],
             [on.parts[p] for p in task.parts],
-            [_sent(values[p, m], mesh) for p in task.ins],
-            [on.sums[p] for p in task.sums],
+            [x for p, x in ins.items() if p not in given],
+            ([ins.pop(p) for p in given], [on.sums[p] for p in task.sums]),
         )
-        self._wait(row.device, [*outs, *sums])
+        self.flight.started(device, (m, stage), [done], frees=kind == "W")
         on.sums.update(zip(task.sums, sums, strict=True))
         for p, x in zip(task.outs, outs, strict=True):
-            values[p, m] = x
-            left[p, m] = self.users.get(p, 0)
-        for p in task.ins:
-            left[p, m] -= 1
-            if not left[p, m] and p not in self.made.after:
-                del values[p, m]
+            shelf.put(p, m, stage, x)
 
-    def _wait(self, device: int, made: Sequence[Any]) -> None:
-        """Until what was started a few tasks before this one is done."""
-        started = self.started[device]
-        if made:
-            started.append(made[0])
-        if len(started) > self.ahead:
-            before = started.popleft()
-            if not before.is_deleted():  # a sum that a later task has taken over
-                before.block_until_ready()
-
-    def _move(self, row: Row, values: dict[tuple[int, int], Any]) -> None:
+    def _move(self, row: Row, shelf: Shelf) -> None:
         """Send to the host, or fetch back, what only the backward tasks of a stage need."""
-        m, kind = row.microbatch, "F" if row.kind == "O" else "B"
+        m = row.microbatch
         stage = self.schedule.piece(row.device, row.task)
-        mesh = self.meshes[self.schedule.way_of[m]][stage]
-        own, there = self.made.tasks.get((stage, "F")), _host_memory(mesh)
-        sent = {p for (s, _), t in self.made.tasks.items() if s > stage for p in t.ins}
-        for p in own.outs if own and there else ():
-            if p not in sent and (p, m) in values:
-                wanted = there if kind == "F" else mesh.devices.flat[0].default_memory().kind
-                x = values[p, m]
-                values[p, m] = jax.device_put(x, x.sharding.with_memory_kind(wanted))
+        there = self.host
+        if not there:
+            return
+        if row.kind == "R":
+            self.flight.take(row.device)
+            mesh = self.meshes[self.schedule.way_of[m]][stage]
+            there = mesh.devices.flat[0].default_memory().kind
+        moved = []
+        for key in shelf.activations(m, stage):
+            x = shelf.values[key]
+            shelf.values[key] = jax.device_put(x, x.sharding.with_memory_kind(there))
+            moved.append(shelf.values[key])
+        if row.kind == "O":
+            self.flight.started(row.device, (m, stage), moved, frees=True, is_task=False)
 
     def _after(
         self,
         flat: Sequence[Any],
         state: Sequence[Sequence[_OnStage]],
-        values: dict[tuple[int, int], Any],
+        shelf: Shelf,
     ) -> list[Any]:
         """What comes after the loop; each result on the stage that makes it."""
         given = dict(zip(self.program.inputs, flat, strict=True))
@@ -181,7 +196,7 @@ class Controller:
         for group, run in zip(self.groups, self.updates, strict=True):
             mesh = self.meshes[0][group.stage]
             send = partial(_sent, mesh=mesh, whole=True)
-            made = [list(map(send, self._made(p, state, values))) for p in group.made]
+            made = [list(map(send, self._made(p, state, shelf))) for p in group.made]
             outs = run(
                 [_placed(given[p], mesh) for p in group.inputs],
                 made,
@@ -190,13 +205,12 @@ class Controller:
             found.update(zip(group.outs, outs, strict=True))
         return [p.val if isinstance(p, Literal) else found[p] for p in self.program.outputs]
 
-    def _made(
-        self, p: int, state: Sequence[Sequence[_OnStage]], values: dict[tuple[int, int], Any]
-    ) -> list[Any]:
+    def _made(self, p: int, state: Sequence[Sequence[_OnStage]], shelf: Shelf) -> list[Any]:
         """What the loop has made for a place: sums of each direction, or values of each step."""
         if self.program.views[p] is PARTIAL:
             return [on.sums[p] for way in state for on in way if p in on.sums]
-        return [values[p, m] for m in range(self.program.steps)]
+        home, _ = self.between.homes[p]
+        return [shelf.values[p, m, home] for m in range(self.program.steps)]
 
 
 class _OnStage:
@@ -214,11 +228,14 @@ def costs_of(stages: Stages) -> StageCosts:
     return StageCosts(f, b, w, 0.0, ones, ones, link)
 
 
-def _host_memory(mesh: jax.sharding.Mesh) -> str:
-    """The kind of memory that the devices can reach on the host, "" where all of theirs is."""
-    device = mesh.devices.flat[0]
-    kinds = {m.kind for m in device.addressable_memories()} - {device.default_memory().kind}
-    return next((k for k in ("pinned_host", "unpinned_host") if k in kinds), "")
+def _host_memory(meshes: Sequence[Sequence[jax.sharding.Mesh]]) -> str:
+    """The kind of memory that all devices can reach on the host, "" where all of theirs is."""
+    devices = [d for way in meshes for mesh in way for d in mesh.devices.flat]
+    kinds = [
+        {m.kind for m in d.addressable_memories()} - {d.default_memory().kind} for d in devices
+    ]
+    known = ("pinned_host", "unpinned_host")
+    return next((k for k in known if all(k in own for own in kinds)), "")
 
 
 def _split(x: Any, part: Split, mesh: jax.sharding.Mesh) -> Any:

@@ -207,18 +207,37 @@ def _task(
     )
 
 
-def run_task(
-    program: Program,
-    task: TaskProgram,
-    time: jax.Array,
-    outside: Sequence[Any],
-    parts: Sequence[Any],
-    ins: Sequence[Any],
-    sums: Sequence[Any],
-) -> tuple[list[Any], list[Any]]:
-    """What a task gives, and the sums with its own. parts: all of them, by microbatch."""
-    taken = [jax.lax.dynamic_index_in_dim(x, time, keepdims=False) for x in parts]
-    return run_step(program, task, time, outside, taken, ins, sums)
+def task_function(
+    program: Program, task: TaskProgram, donated: Sequence[int]
+) -> Callable[..., tuple[list[Any], list[Any], Any]]:
+    """What a task gives, the sums with its own, and a number that is there once it is done.
+
+    The function is named after stage and kind, and so is its program. Its arguments: which
+    microbatch; what lies on the stage; of what is taken in parts all parts, by microbatch; what
+    other tasks have made; and, to be donated, what of this is named by `donated`, and the sums.
+    """
+    lent = [p for p in task.ins if p not in set(donated)]
+
+    def run(
+        time: jax.Array,
+        outside: Sequence[Any],
+        parts: Sequence[Any],
+        ins: Sequence[Any],
+        taken_over: tuple[Sequence[Any], Sequence[Any]],
+    ) -> tuple[list[Any], list[Any], Any]:
+        given, sums = taken_over
+        taken = [jax.lax.dynamic_index_in_dim(x, time, keepdims=False) for x in parts]
+        known = {**dict(zip(lent, ins, strict=True)), **dict(zip(donated, given, strict=True))}
+        order = [known[p] for p in task.ins]
+        return *run_step(program, task, time, outside, taken, order, sums), time + 1
+
+    run.__name__ = program_name(task.stage, task.kind)
+    return run
+
+
+def program_name(stage: int, kind: str) -> str:
+    """The name of a task's program, by which a profile knows it."""
+    return f"stage{stage}_{kind}"
 
 
 def run_step(
@@ -230,7 +249,7 @@ def run_step(
     ins: Sequence[Any],
     sums: Sequence[Any],
 ) -> tuple[list[Any], list[Any]]:
-    """The same. parts: of this microbatch."""
+    """What a task gives of one microbatch, and the sums with its own. parts: of it."""
     local = program.one_step(
         task.equations,
         dict(zip(task.outside, outside, strict=True)),
@@ -240,3 +259,5 @@ def run_step(
     )
     added = [x + local[p].astype(x.dtype) for p, x in zip(task.sums, sums, strict=True)]
     return [local[p] for p in task.outs], added
+
+
