@@ -60,7 +60,7 @@ class Controller:
         stages: Stages,
         schedule: Schedule,
         devices: Sequence[Sequence[Any]],
-        ahead: int = 4,
+        ahead: int = 32,
     ) -> None:
         self.ahead = ahead
         self.traced, self.schedule, self.stages = traced, schedule, stages
