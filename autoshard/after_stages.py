@@ -125,15 +125,18 @@ def closure(
 def run_group(
     program: Program, group: Group, inputs: Sequence[Any], made: Sequence[Any], ins: Sequence[Any]
 ) -> list[Any]:
-    """What a group gives. made: of sums those of each direction, of parts those of each step."""
+    """What a group gives. made: of sums those of each direction, of parts those of each microbatch;
+    both by data-parallel group.
+    """
     env: dict[int, Any] = {**program.consts, **dict(zip(group.inputs, inputs, strict=True))}
     env.update(zip(group.ins, ins, strict=True))
     for p, x in zip(group.made, made, strict=True):
         view, aval = program.views[p], program.avals[p]
         if isinstance(view, Split):
-            env[p] = whole_of(jnp.stack(x), view, aval.shape)
+            env[p] = whole_of(jnp.concatenate(x), view, aval.shape)
         else:
-            env[p] = (sum(x[1:], x[0]) if view is PARTIAL else x[-1]).astype(aval.dtype)
+            last = sum(x[1:], x[0]).sum(0) if view is PARTIAL else x[-1][-1]
+            env[p] = last.astype(aval.dtype)
     program.compute(env, group.equations)
     return [env[p] for p in group.outs]
 

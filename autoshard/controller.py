@@ -18,39 +18,43 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 
-from autoshard.after_stages import run_group, update_groups
+from autoshard.after_stages import Group, run_group, update_groups
 from autoshard.between_tasks import Shelf, donated, handed_on
 from autoshard.in_flight import InFlight
 from autoshard.jax_compat import Literal
-from autoshard.stage_notes import held_whole, not_moved
+from autoshard.stacked import piece, put_together
+from autoshard.stage_layout import StageLayout, task_on_groups
+from autoshard.stage_notes import not_moved
+from autoshard.stage_prices import GROUPS
 from autoshard.stage_programs import (
     StagePrograms,
     TaskProgram,
     outside_of,
     parts_of_tasks,
+    program_name,
     stage_programs,
     sums_of,
-    task_function,
 )
 from autoshard.time_loop import Program
 from autoshard.trace import Traced
+from passes.ir.mesh import Mesh
 from passes.pipeline.schedule import Schedule
 from passes.pipeline.stage_costs import StageCosts
 from passes.pipeline.timeline import Row, simulate
 from passes.stages import Stages
-from passes.time_axis import PARTIAL, Split
+from passes.time_axis import PARTIAL
 from passes.time_loop import TimeLoop
-
-_SPLIT = "data"  # the one axis of a stage's mesh
-
 
 class Controller:
     """Runs a traced function over stages.
 
-    devices: per device of the schedule those that its stages run on, as many for each. ahead: how
-    many tasks of a device may be started that are not done yet. notes: what is done otherwise than
-    asked for. flight: what lay in memory in the last call.
+    devices: per device of the schedule those that its stages run on, as many for each: its
+    data-parallel groups one after the other, as many as the loop has steps per microbatch. layouts:
+    per stage where its values lie inside a group; none for whole on each device. ahead: how many
+    tasks of a device may be started that are not done yet. notes: what is done otherwise than asked
+    for. flight: what lay in memory in the last call.
     """
 
     def __init__(
@@ -60,56 +64,105 @@ class Controller:
         stages: Stages,
         schedule: Schedule,
         devices: Sequence[Sequence[Any]],
-        ahead: int = 32,
+        layouts: Sequence[StageLayout] = (),
+        ahead: int = 4,
     ) -> None:
         self.ahead = ahead
         self.traced, self.schedule, self.stages = traced, schedule, stages
         self.program = Program(traced, loop)
         self.made: StagePrograms = stage_programs(self.program, stages)
+        self.groups = loop.steps // schedule.microbatches
+        inner = Mesh(("model",), (len(devices[0]) // self.groups,))
+        self.layouts = tuple(layouts) or (StageLayout(inner),) * stages.count
         self.meshes = [
-            [jax.sharding.Mesh(np.array(devices[d]), (_SPLIT,)) for d, _ in way]
+            [self._mesh(devices[d], layout) for (d, _), layout in zip(way, self.layouts, strict=True)]
             for way in schedule.ways
         ]
         timeline = simulate(schedule, costs_of(stages))
         self.host = _host_memory(self.meshes)
         alone = dataclasses.replace(schedule, transfers=())
         self.limits = timeline.peaks if self.host else simulate(alone, costs_of(stages)).peaks
-        self.notes = (
-            *(() if self.host else not_moved(schedule, timeline.peaks, self.limits)),
-            *held_whole(self.made, [mesh.size for mesh in self.meshes[0]]),
-        )
+        self.notes = () if self.host else not_moved(schedule, timeline.peaks, self.limits)
         both = (*timeline.rows, *timeline.transfers)
         self.rows = sorted(both, key=lambda r: (r.start, r.end, r.device))
         self.needed, prepare = zip(
-            *(self.made.prepare(stage) for stage in range(stages.count)), strict=True
+            *(self.made.prepare(stage, self.groups) for stage in range(stages.count)), strict=True
         )
-        self.prepare = [jax.jit(run) for run in prepare]
+        self.prepare = [
+            [
+                jax.jit(prepare[stage], out_shardings=self._lying(stage, mesh))
+                for stage, mesh in enumerate(meshes)
+            ]
+            for meshes in self.meshes
+        ]
         homes = {p: t.stage for t in self.made.tasks.values() for p in (*t.outs, *t.sums)}
         after = {p: homes[p] for p in self.made.after}
-        self.groups = update_groups(self.program, after, self.made.stacked)
-        self.updates = [jax.jit(partial(run_group, self.program, g)) for g in self.groups]
+        self.updating = update_groups(self.program, after, self.made.stacked)
+        self.updates = [self._update(g) for g in self.updating]
         self.between = handed_on(self.made)
         self.donated = {
             key: donated(self.made, task, self.between, self._share)
             for key, task in self.made.tasks.items()
         }
-        self.steps = {key: self._compiled(task) for key, task in self.made.tasks.items()}
+        self.steps = [
+            {key: self._compiled(task, meshes[task.stage]) for key, task in self.made.tasks.items()}
+            for meshes in self.meshes
+        ]
         self.flight = InFlight(self.limits, ahead)
 
-    def _compiled(self, task: TaskProgram) -> Callable[..., Any]:
-        given = self.donated[task.stage, task.kind]
-        return jax.jit(task_function(self.program, task, given), donate_argnums=4)
+    def _mesh(self, devices: Sequence[Any], layout: StageLayout) -> jax.sharding.Mesh:
+        """The devices of a stage: its groups, and what each shards over."""
+        grid = np.array(devices).reshape(self.groups, *layout.mesh.sizes)
+        names = (GROUPS, *layout.mesh.names)
+        return jax.sharding.Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+    def _lying(self, stage: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
+        """Shardings of what lies on a stage for all its tasks."""
+        own, layout = self.made.of(stage), self.layouts[stage]
+        on = partial(jax.NamedSharding, mesh)
+        return (
+            [on(layout.lying.get(p, jax.P())) for p in outside_of(own)],
+            [on(jax.P(None, *layout.grouped(layout.parts.get(p)))) for p in parts_of_tasks(own)],
+            [on(layout.grouped(layout.sums.get(p))) for p in sums_of(own)],
+        )
+
+    def _compiled(self, task: TaskProgram, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+        layout, given = self.layouts[task.stage], self.donated[task.stage, task.kind]
+        run = task_on_groups(
+            layout.compute(self.program, task, mesh), task, given, self.groups, mesh
+        )
+        run.__name__ = program_name(task.stage, task.kind)
+        outs = [jax.NamedSharding(mesh, layout.grouped(layout.local.get(p))) for p in task.outs]
+        sums = [jax.NamedSharding(mesh, layout.grouped(layout.sums.get(p))) for p in task.sums]
+        return jax.jit(run, donate_argnums=4, out_shardings=(outs, sums, None))
+
+    def _update(self, group: Group) -> Callable[..., Any]:
+        """The program of a part of what comes after the loop."""
+        mesh, layout = self.meshes[0][group.stage], self.layouts[group.stage]
+        wanted = [
+            jax.NamedSharding(mesh, layout.whole[p]) if p in layout.whole else None
+            for p in group.outs
+        ]
+        return jax.jit(partial(run_group, self.program, group), out_shardings=wanted)
 
     def _share(self, stage: int, other: int) -> bool:
         """Whether two stages have a device in common."""
         pairs = ((set(way[stage].devices.flat), way[other].devices.flat) for way in self.meshes)
         return any(not own.isdisjoint(others) for own, others in pairs)
 
+    def _argument(self, p: int, flat: Sequence[Any], stage: int, mesh: jax.sharding.Mesh) -> Any:
+        """An argument, or a slice of one, as a stage has it."""
+        wanted = jax.NamedSharding(mesh, self.layouts[stage].whole.get(p, jax.P()))
+        cut = self.made.stacked.cuts.get(p)
+        if cut is not None:
+            return piece(flat[self.program.inputs.index(cut.argument)], cut, wanted)
+        return jax.device_put(flat[self.program.inputs.index(p)], wanted)
+
     def __call__(self, *flat: Any) -> list[Any]:
         """The results of the function, flat."""
         state = [
-            [self._prepared(stage, mesh, flat) for stage, mesh in enumerate(meshes)]
-            for meshes in self.meshes
+            [self._prepared(way, stage, flat) for stage in range(self.stages.count)]
+            for way in range(len(self.meshes))
         ]
         shelf = Shelf(self.between, self.made.after, self._send)
         self.flight = InFlight(self.limits, self.ahead)
@@ -124,16 +177,13 @@ class Controller:
     def _send(self, x: Any, microbatch: int, stage: int) -> Any:
         return _sent(x, self.meshes[self.schedule.way_of[microbatch]][stage])
 
-    def _prepared(self, stage: int, mesh: jax.sharding.Mesh, flat: Sequence[Any]) -> _OnStage:
-        own = self.made.of(stage)
-        given = dict(zip(self.program.inputs, flat, strict=True))
-        placed = [_placed(given[p], mesh) for p in self.needed[stage]]
-        outside, parts, sums = self.prepare[stage](*placed)
-        named = parts_of_tasks(own)
-        split = [_split(x, part, mesh) for x, (_, part) in zip(parts, named, strict=True)]
+    def _prepared(self, way: int, stage: int, flat: Sequence[Any]) -> _OnStage:
+        own, mesh = self.made.of(stage), self.meshes[way][stage]
+        placed = [self._argument(p, flat, stage, mesh) for p in self.needed[stage]]
+        outside, parts, sums = self.prepare[way][stage](*placed)
         return _OnStage(
             dict(zip(outside_of(own), outside, strict=True)),
-            dict(zip(named, split, strict=True)),
+            dict(zip(parts_of_tasks(own), parts, strict=True)),
             dict(zip(sums_of(own), sums, strict=True)),
         )
 
@@ -150,10 +200,11 @@ class Controller:
                 self.flight.nothing_to_do(device, (m, stage))
             return
         self.flight.room_for_task(device)
-        on = state[self.schedule.way_of[m]][stage]
+        way = self.schedule.way_of[m]
+        on = state[way][stage]
         ins = shelf.take(task, m)
         given = self.donated[stage, kind]
-        outs, sums, done = self.steps[stage, kind](
+        outs, sums, done = self.steps[way][stage, kind](
             np.int32(m),
             [on.outside[p] for p in task.outside],
             [on.parts[p] for p in task.parts],
@@ -191,18 +242,19 @@ class Controller:
         shelf: Shelf,
     ) -> list[Any]:
         """What comes after the loop; each result on the stage that makes it."""
-        given = dict(zip(self.program.inputs, flat, strict=True))
-        found: dict[int, Any] = {}
-        for group, run in zip(self.groups, self.updates, strict=True):
+        found: dict[int, Any] = dict(zip(self.program.inputs, flat, strict=True))
+        for group, run in zip(self.updating, self.updates, strict=True):
             mesh = self.meshes[0][group.stage]
-            send = partial(_sent, mesh=mesh, whole=True)
+            send = partial(_sent, mesh=mesh)
             made = [list(map(send, self._made(p, state, shelf))) for p in group.made]
             outs = run(
-                [_placed(given[p], mesh) for p in group.inputs],
+                [self._argument(p, flat, group.stage, mesh) for p in group.inputs],
                 made,
-                [send(found[p]) for p in group.ins],
+                [_sent(found[p], mesh, whole=True) for p in group.ins],
             )
             found.update(zip(group.outs, outs, strict=True))
+        for p, parts in self.made.stacked.joins.items():
+            found[p] = put_together([found[q] for q in parts])
         return [p.val if isinstance(p, Literal) else found[p] for p in self.program.outputs]
 
     def _made(self, p: int, state: Sequence[Sequence[_OnStage]], shelf: Shelf) -> list[Any]:
@@ -210,7 +262,7 @@ class Controller:
         if self.program.views[p] is PARTIAL:
             return [on.sums[p] for way in state for on in way if p in on.sums]
         home, _ = self.between.homes[p]
-        return [shelf.values[p, m, home] for m in range(self.program.steps)]
+        return [shelf.values[p, m, home] for m in range(self.schedule.microbatches)]
 
 
 class _OnStage:
@@ -236,19 +288,6 @@ def _host_memory(meshes: Sequence[Sequence[jax.sharding.Mesh]]) -> str:
     ]
     known = ("pinned_host", "unpinned_host")
     return next((k for k in known if all(k in own for own in kinds)), "")
-
-
-def _split(x: Any, part: Split, mesh: jax.sharding.Mesh) -> Any:
-    """All parts of a batch, each split over the devices of a stage, where it can be."""
-    dims: list[Any] = [None] * x.ndim
-    if x.shape[part.dim + 1] % mesh.size == 0:
-        dims[part.dim + 1] = _SPLIT
-    return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*dims)))
-
-
-def _placed(x: Any, mesh: jax.sharding.Mesh) -> Any:
-    """An argument on the devices of a stage, whole."""
-    return jax.device_put(x, jax.NamedSharding(mesh, jax.P()))
 
 
 def _sent(x: Any, mesh: jax.sharding.Mesh, whole: bool = False) -> Any:

@@ -34,7 +34,7 @@ _CLAMPED = frozenset({"dynamic_slice", "dynamic_update_slice"})
 
 def constrained(traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> Any:
     """A function over flat arguments that computes what the traced one does, as planned."""
-    emitter = _Emitter(traced, plan, devices)
+    emitter = Emitter(traced, plan, devices)
 
     def run(*flat: Any) -> list[Any]:
         jaxpr, consts = open_jaxpr(traced.jaxpr)
@@ -43,7 +43,7 @@ def constrained(traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> Any:
     return run
 
 
-class _Emitter:
+class Emitter:
     def __init__(self, traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> None:
         self.traced, self.plan, self.devices = traced, plan, devices
         self.mesh = plan.mesh_axes

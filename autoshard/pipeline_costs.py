@@ -13,7 +13,7 @@ schedule keeps there and what the largest task needs; what the largest update ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -108,10 +108,11 @@ class PipelineCosts:
         limit: float,
         hints: Mapping[str, Any] | None = None,
         fused_attention: bool = False,
+        solver: str = "ilp",
     ) -> None:
         self.call = fn, args, kwargs, options
         self.cluster, self.limit, self.hints = cluster, limit, dict(hints or {})
-        self.fused_attention = fused_attention
+        self.fused_attention, self.solver = fused_attention, solver
         self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
         self.planned: dict[Any, StagePrice] = {}
 
@@ -152,8 +153,8 @@ class PipelineCosts:
         traced = traced_stage(step, cut.names)
         state = _state(step.arguments, step.results, cut.state)
         donated = tuple(p in cut.donated for p in step.arguments)
-        like = fingerprint(signature_of(traced.graph))
-        key = like, state, donated, form.mesh, form.devices, limit, len(step.sent)
+        wiring = tuple((op.inputs, op.outputs) for op in traced.graph.ops)
+        key = fingerprint(signature_of(traced.graph)), wiring, state, donated, form.mesh, form.devices, limit, len(step.sent)
         if key not in self.planned:
             self.planned[key] = price_stage(
                 step,
@@ -165,8 +166,9 @@ class PipelineCosts:
                 cut.donated,
                 self.hints,
                 self.fused_attention,
+                self.solver,
             )
-        return self.planned[key]
+        return replace(self.planned[key], step=step, traced=traced)
 
     def scheduled(
         self, form: Form, cut: CutProgram, prices: Sequence[StagePrice], name: str

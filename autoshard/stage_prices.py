@@ -88,6 +88,7 @@ def price_stage(
     donated: frozenset[int],
     hints: Mapping[str, Any] | None = None,
     fused_attention: bool = False,
+    solver: str = "ilp",
 ) -> StagePrice:
     """A stage on a group of devices. state: from places of arguments to those that replace them.
 
@@ -109,6 +110,7 @@ def price_stage(
         memory_limit=limit,
         state=pairs,
         fused_attention=fused_attention,
+        solver=solver,
     )
     return told_apart(step, replace(traced, graph=graph), found)
 

@@ -75,8 +75,11 @@ class StagePrograms:
 
         return tuple(p for p in taken if p not in program.consts), run
 
-    def prepare(self, stage: int) -> tuple[tuple[int, ...], Callable[..., Lying]]:
-        """Places of arguments or their slices, and from these to what lies there for all tasks."""
+    def prepare(self, stage: int, groups: int) -> tuple[tuple[int, ...], Callable[..., Lying]]:
+        """Places of arguments or their slices, and from these to what lies there for all tasks.
+
+        Parts by microbatch and group; sums by group.
+        """
         own, program = self.of(stage), self.program
         outside, parts, sums = outside_of(own), parts_of_tasks(own), sums_of(own)
         ahead, taken = closure([*outside, *(p for p, _ in parts)], self._before())
@@ -85,11 +88,12 @@ class StagePrograms:
         def run(*given: Any) -> Lying:
             env = {**program.consts, **dict(zip(inputs, given, strict=True))}
             program.compute(env, ahead)
+            cut = [parts_of(env[p], part, program.steps) for p, part in parts]
             zeros = [program.avals[p] for p in sums]
             return (
                 [env[p] for p in outside],
-                [parts_of(env[p], part, program.steps) for p, part in parts],
-                [jnp.zeros(a.shape, wide(a.dtype)) for a in zeros],
+                [jnp.reshape(x, (-1, groups, *x.shape[1:])) for x in cut],
+                [jnp.zeros((groups, *a.shape), wide(a.dtype)) for a in zeros],
             )
 
         return inputs, run
@@ -205,34 +209,6 @@ def _task(
         tuple(others),
         tuple(sums),
     )
-
-
-def task_function(
-    program: Program, task: TaskProgram, donated: Sequence[int]
-) -> Callable[..., tuple[list[Any], list[Any], Any]]:
-    """What a task gives, the sums with its own, and a number that is there once it is done.
-
-    The function is named after stage and kind, and so is its program. Its arguments: which
-    microbatch; what lies on the stage; of what is taken in parts all parts, by microbatch; what
-    other tasks have made; and, to be donated, what of this is named by `donated`, and the sums.
-    """
-    lent = [p for p in task.ins if p not in set(donated)]
-
-    def run(
-        time: jax.Array,
-        outside: Sequence[Any],
-        parts: Sequence[Any],
-        ins: Sequence[Any],
-        taken_over: tuple[Sequence[Any], Sequence[Any]],
-    ) -> tuple[list[Any], list[Any], Any]:
-        given, sums = taken_over
-        taken = [jax.lax.dynamic_index_in_dim(x, time, keepdims=False) for x in parts]
-        known = {**dict(zip(lent, ins, strict=True)), **dict(zip(donated, given, strict=True))}
-        order = [known[p] for p in task.ins]
-        return *run_step(program, task, time, outside, taken, order, sums), time + 1
-
-    run.__name__ = program_name(task.stage, task.kind)
-    return run
 
 
 def program_name(stage: int, kind: str) -> str:

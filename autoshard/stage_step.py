@@ -23,7 +23,7 @@ from autoshard.after_stages import Group, run_group
 from autoshard.stage_programs import StagePrograms, TaskProgram, outside_of, run_step, sums_of
 from autoshard.step import local_shape
 from autoshard.time_loop import wide
-from passes.time_axis import PARTIAL, Split
+from passes.time_axis import Split
 
 
 TASK = "task_"  # begins the name of a task's call
@@ -143,14 +143,20 @@ def _of_task(
 def _updated(made: StagePrograms, groups: Sequence[Group], env: Any, found: Any) -> list[Any]:
     """What comes after the loop."""
     program = made.program
+
+    def all_steps(p: int) -> Any:
+        """What the loop has made, as of one group, and of parts as of all steps."""
+        steps = program.steps if isinstance(program.views[p], Split) else 1
+        return [jnp.broadcast_to(found[p], (steps, *jnp.shape(found[p])))]
+
     out = []
     for group in groups:
-        given = []
-        for p in group.made:
-            one = found[p] if program.views[p] is PARTIAL else None
-            given.append([one if one is not None else found[p]])
         outs = run_group(
-            program, group, [env[p] for p in group.inputs], given, [found[p] for p in group.ins]
+            program,
+            group,
+            [env[p] for p in group.inputs],
+            [all_steps(p) for p in group.made],
+            [found[p] for p in group.ins],
         )
         found = {**found, **dict(zip(group.outs, outs, strict=True))}
         out += outs
