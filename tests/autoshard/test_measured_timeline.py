@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from functools import cache
@@ -112,7 +113,7 @@ def test_time_together_is_counted_tick_by_tick(drawn: list[tuple[int, int, int]]
     schedule = generators.one_f_one_b(4, 8)
     timeline = simulate(schedule, even(4, 4, 1, 1, 1))
     rows = tuple(Row(d, min(a, b), max(a, b), "F", k, 0) for k, (d, a, b) in enumerate(drawn))
-    object.__setattr__(timeline, "rows", rows)
+    timeline = dataclasses.replace(timeline, rows=rows)
     for stages in (1, 2, 3):
         ticks = sum(
             len({r.device for r in rows if r.start <= t < r.end}) >= stages for t in range(12)
@@ -129,11 +130,10 @@ def test_devices_that_work_on_the_same_stage_do_not_count() -> None:
     def row(way: int, piece: int) -> Row:
         return Row(at[way, piece].device, 0, 1, "F", micro[way], at[way, piece].chunk)
 
-    object.__setattr__(timeline, "rows", (row(0, 0), row(1, 0)))
-    assert timeline.rows[0].device != timeline.rows[1].device
-    assert busy_together(timeline) == 0
-    object.__setattr__(timeline, "rows", (row(0, 0), row(0, 1)))
-    assert busy_together(timeline) == 1
+    same, apart = (row(0, 0), row(1, 0)), (row(0, 0), row(0, 1))
+    assert same[0].device != same[1].device
+    assert busy_together(dataclasses.replace(timeline, rows=same)) == 0
+    assert busy_together(dataclasses.replace(timeline, rows=apart)) == 1
 
 
 def test_numbers_of_runs_that_pass_their_end() -> None:
