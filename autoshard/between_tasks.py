@@ -10,7 +10,7 @@ it, and nobody else can see the memory, the result takes its memory over (donati
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,27 +54,32 @@ def handed_on(made: StagePrograms) -> HandedOn:
 
 
 def donated(
-    made: StagePrograms, task: TaskProgram, between: HandedOn, share: Callable[[int, int], bool]
+    made: StagePrograms,
+    task: TaskProgram,
+    between: HandedOn,
+    share: Callable[[int, int], bool],
+    split: Callable[[int], Hashable] = lambda place: None,
 ) -> tuple[int, ...]:
     """Of what a task is the last to need: as many as its results can take the memory of.
 
-    share: whether two stages lie on the same devices, where one array serves both.
+    share: whether two stages lie on the same devices, where one array serves both. split: how the
+    value of a place lies on the devices of a stage: memory is taken over by what lies alike.
     """
-    room = Counter(_like(made, p) for p in task.outs)
+
+    def like(p: int) -> Hashable:
+        program = made.program
+        aval = program.avals[p]
+        shape = local_shape(aval.shape, program.views[p], program.steps)
+        return shape, aval.dtype, split(p)
+
+    room = Counter(map(like, task.outs))
     out = []
     for p in between.last[task.stage, task.kind]:
         others = {between.homes[p][0], *between.users[p]} - {task.stage}
-        if room[_like(made, p)] and not any(share(task.stage, other) for other in others):
-            room[_like(made, p)] -= 1
+        if room[like(p)] and not any(share(task.stage, other) for other in others):
+            room[like(p)] -= 1
             out.append(p)
     return tuple(out)
-
-
-def _like(made: StagePrograms, p: int) -> tuple[Any, ...]:
-    """Shape and type of a value, as a task has it."""
-    program = made.program
-    aval = program.avals[p]
-    return local_shape(aval.shape, program.views[p], program.steps), aval.dtype
 
 
 class Shelf:
