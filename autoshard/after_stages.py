@@ -28,8 +28,8 @@ from passes.time_axis import PARTIAL, Split
 class Group:
     """Equations of one stage, run together.
 
-    inputs: places of arguments, or of their slices, that it takes. made: places that the loop makes; ins: that earlier
-    groups do. outs: what it gives.
+    inputs: places of arguments, or of their slices, that it takes. made: places that the loop
+    makes; ins: that earlier groups do. outs: what it gives.
     """
 
     stage: int
@@ -40,9 +40,7 @@ class Group:
     outs: tuple[int, ...]
 
 
-def update_groups(
-    program: Program, homes: Mapping[int, int], apart: Stacked
-) -> tuple[Group, ...]:
+def update_groups(program: Program, homes: Mapping[int, int], apart: Stacked) -> tuple[Group, ...]:
     """The groups in order. homes: of each place that the loop makes, the stage where it lies."""
     home: dict[int, int] = dict(homes)
     level: dict[int, int] = {}

@@ -31,6 +31,7 @@ from cost_models.units import parse_bytes
 from passes.hints import hints_for
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
+from passes.ir.pipeline_plan import MARK as PIPELINE
 from passes.ir.plan import PlanError
 from passes.normalize import drop_dead, merge_same
 from passes.search import SOLVERS, Found, Progress, search
@@ -136,6 +137,10 @@ class Plan:
 
         Raises PlanError for text that is no plan, and for a function that is not the plan's.
         """
+        if PIPELINE in str(text):
+            from autoshard.pipelined import PipelinedPlan
+
+            return PipelinedPlan.from_json(text, fn, *args, **kwargs)
         read = Plan(ir.Plan.from_json(text))
         return read if fn is None else read.bind(fn, *args, **kwargs)
 
@@ -316,6 +321,9 @@ def plan(
     solver: str = "ilp",
     fused_attention: bool = False,
     microbatches: int | str | None = None,
+    stages: int | str | None = None,
+    schedule: str | None = None,
+    chunks: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan how to run fn(*args) on a cluster. Nothing is allocated, compiled or run.
@@ -326,15 +334,31 @@ def plan(
     "propagate", "dp", "fsdp", "tp" or "fsdp+tp". fused_attention: price attention as one kernel
     that never stores its scores, where a program that calls such a kernel is meant; XLA makes none
     by itself. microbatches: into how many parts the batch is cut, one after the other (gradient
-    accumulation: the same numbers in less memory); "auto" for the fastest number that fits. A
-    parallelized fn brings its own hints, static and donated arguments.
+    accumulation: the same numbers in less memory); "auto" for the fastest number that fits.
 
-    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, NoTimeLoop, ValueError,
-    TypeError.
+    stages: into how many stages of a pipeline fn is cut, or "auto" for the fastest number; the
+    answer is then a PipelinedPlan. Of a pipeline, microbatches (None: the fastest number) are those
+    of each data-parallel group, mesh may name its axes `stage` and `data` besides those that a
+    group shards over, schedule is a name such as "1F1B" or "ZB-V", and chunks are pieces of the
+    model per stage where a schedule leaves that open. A parallelized fn brings its own hints,
+    static and donated arguments.
+
+    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, NoTimeLoop, NoStages,
+    ScheduleError, ValueError, TypeError.
     """
     options = {} if donate_argnums == () else {"donate_argnums": donate_argnums}
     wishes = _Wishes(
-        cluster, mesh, hints, memory_limit, solver, fused_attention, microbatches, progress
+        cluster,
+        mesh,
+        hints,
+        memory_limit,
+        solver,
+        fused_attention,
+        microbatches,
+        stages,
+        schedule,
+        chunks,
+        progress,
     )
     return _plan(fn, args, {}, options, wishes)
 
@@ -350,6 +374,9 @@ class _Wishes:
     solver: str
     fused_attention: bool
     microbatches: int | str | None
+    stages: int | str | None
+    schedule: str | None
+    chunks: int | None
     progress: Progress | None
 
 
@@ -379,6 +406,12 @@ def _plan(
         raise TypeError(f"hints is a mapping of globs to specs, not {type(wishes.hints).__name__}")
     microbatches = checked(wishes.microbatches)
     hardware = _cluster(wishes.cluster)
+    if wishes.stages is not None:
+        with _no_collector():
+            return _pipelined(fn, args, kwargs, jit_options, hardware, wishes)
+    for name in ("schedule", "chunks"):
+        if getattr(wishes, name) is not None:
+            raise ValueError(f"{name} is of a pipeline: give stages too, a number or 'auto'")
     fixed = _mesh(wishes.mesh, hardware)
     with _no_collector():
         traced = _traced(fn, args, kwargs, jit_options)
@@ -391,6 +424,43 @@ def _plan(
             sizes = batch_sizes(traced)
             return fastest(in_parts, lambda p: p.cost.step_time, sizes, wishes.progress)
         return in_parts(microbatches)
+
+
+def _pipelined(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    jit_options: Mapping[str, Any],
+    hardware: Cluster,
+    wishes: _Wishes,
+) -> Plan:
+    """The plan of a pipeline."""
+    from autoshard.stages_wanted import checked_stages, plan_stages
+
+    microbatches = checked("auto" if wishes.microbatches is None else wishes.microbatches)
+    _mesh(wishes.mesh, hardware)
+    traced = _traced(fn, args, kwargs, jit_options)
+    own: Mapping[str, Any] = {}
+    if isinstance(fn, Parallelized):
+        jit_options, own, fn = {**fn.options, **jit_options}, fn.hints, fn.fn
+    return plan_stages(
+        fn,
+        args,
+        kwargs,
+        jit_options,
+        traced,
+        hardware,
+        stages=checked_stages(wishes.stages),
+        microbatches=None if isinstance(microbatches, str) else microbatches,
+        schedule=wishes.schedule,
+        chunks=wishes.chunks,
+        mesh=wishes.mesh,
+        hints={**own, **(wishes.hints or {})},
+        limit=None if wishes.memory_limit is None else float(parse_bytes(wishes.memory_limit)),
+        solver=wishes.solver,
+        fused_attention=wishes.fused_attention,
+        progress=wishes.progress,
+    )
 
 
 def _search(
@@ -499,6 +569,9 @@ def parallelize(
     solver: str = "ilp",
     fused_attention: bool = False,
     microbatches: int | str | None = None,
+    stages: int | str | None = None,
+    schedule: str | None = None,
+    chunks: int | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Make fn run in parallel: `parallelize(fn, cluster=...)` or `@parallelize(cluster=...)`.
@@ -516,7 +589,17 @@ def parallelize(
 
     def make(step: Parallelized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         wishes = _Wishes(
-            cluster, mesh, hints, memory_limit, solver, fused_attention, microbatches, progress
+            cluster,
+            mesh,
+            hints,
+            memory_limit,
+            solver,
+            fused_attention,
+            microbatches,
+            stages,
+            schedule,
+            chunks,
+            progress,
         )
         return _plan(step, args, kwargs, {}, wishes)
 

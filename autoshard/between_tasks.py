@@ -86,7 +86,7 @@ class Shelf:
     """The values of one step: by place, microbatch and stage."""
 
     def __init__(
-        self, between: HandedOn, after: Sequence[int], send: Callable[[Any, int, int], Any]
+        self, between: HandedOn, after: Sequence[int], send: Callable[[int, Any, int, int], Any]
     ) -> None:
         self.between, self.after, self.send = between, frozenset(after), send
         self.values: dict[tuple[int, int, int], Any] = {}
@@ -94,7 +94,7 @@ class Shelf:
     def put(self, place: int, microbatch: int, stage: int, x: Any) -> None:
         """A value that a task has made, on its stage and on those that need it."""
         for user in self.between.users[place]:
-            sent = x if user == stage else self.send(x, microbatch, user)
+            sent = x if user == stage else self.send(place, x, microbatch, user)
             self.values[place, microbatch, user] = sent
         if place in self.after:
             self.values[place, microbatch, stage] = x

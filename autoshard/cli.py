@@ -82,6 +82,9 @@ def plan_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    stages: cli_options.InStages = None,
+    schedule: cli_options.OfSchedule = None,
+    chunks: cli_options.OfChunks = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     json: Annotated[
@@ -105,7 +108,8 @@ def plan_command(
     for file in (json, dump_problem):
         if file is not None:
             _check_writable(file)
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, microbatches)
+    staged = cli_options.Staged(stages, schedule, chunks)
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, microbatches, staged)
     if json is not None:
         atomic_file.write(json, found.to_json())
     if dump_problem is not None:
@@ -412,6 +416,7 @@ def _plan(
     memory_limit: str | None,
     donate: list[int] | None,
     microbatches: str | None,
+    stages: cli_options.Staged = cli_options.UNSTAGED,
 ) -> Plan:
     """Load the target and plan it."""
     from cost_models.cluster import cluster as read_cluster
@@ -433,6 +438,7 @@ def _plan(
             memory_limit=memory_limit,
             solver=solver,
             microbatches=cli_options.as_number(microbatches),
+            **stages.options(),
             progress=tell,
         )
 

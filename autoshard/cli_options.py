@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -77,6 +77,20 @@ InMicrobatches = Annotated[
         metavar="NUMBER",
     ),
 ]
+InStages = Annotated[
+    str | None,
+    typer.Option(
+        "--stages", help="cut into stages of a pipeline: how many, or auto", metavar="NUMBER"
+    ),
+]
+OfSchedule = Annotated[
+    str | None,
+    typer.Option("--schedule", help="of the pipeline, such as 1f1b or zb-v", metavar="NAME"),
+]
+OfChunks = Annotated[
+    int | None,
+    typer.Option("--chunks", help="pieces of the model per stage", metavar="NUMBER"),
+]
 Transfer = Annotated[
     float | None,
     typer.Option(
@@ -109,3 +123,18 @@ Trace = Annotated[
 def as_number(text: str | None) -> int | str | None:
     """A number where it is one."""
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+class Staged(NamedTuple):
+    """What is asked of stages."""
+
+    stages: str | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """For `autoshard.plan`."""
+        return {**self._asdict(), "stages": as_number(self.stages)}
+
+
+UNSTAGED = Staged()

@@ -47,6 +47,7 @@ from passes.stages import Stages
 from passes.time_axis import PARTIAL
 from passes.time_loop import TimeLoop
 
+
 class Controller:
     """Runs a traced function over stages.
 
@@ -65,7 +66,7 @@ class Controller:
         schedule: Schedule,
         devices: Sequence[Sequence[Any]],
         layouts: Sequence[StageLayout] = (),
-        ahead: int = 4,
+        ahead: int = 32,
     ) -> None:
         self.ahead = ahead
         self.traced, self.schedule, self.stages = traced, schedule, stages
@@ -75,7 +76,10 @@ class Controller:
         inner = Mesh(("model",), (len(devices[0]) // self.groups,))
         self.layouts = tuple(layouts) or (StageLayout(inner),) * stages.count
         self.meshes = [
-            [self._mesh(devices[d], layout) for (d, _), layout in zip(way, self.layouts, strict=True)]
+            [
+                self._mesh(devices[d], layout)
+                for (d, _), layout in zip(way, self.layouts, strict=True)
+            ]
             for way in schedule.ways
         ]
         timeline = simulate(schedule, costs_of(stages))
@@ -101,7 +105,9 @@ class Controller:
         self.updates = [self._update(g) for g in self.updating]
         self.between = handed_on(self.made)
         self.donated = {
-            key: donated(self.made, task, self.between, self._share)
+            key: donated(
+                self.made, task, self.between, self._share, self.layouts[task.stage].local.get
+            )
             for key, task in self.made.tasks.items()
         }
         self.steps = [
@@ -174,8 +180,10 @@ class Controller:
                 self._start(row, kind, state, shelf)
         return self._after(flat, state, shelf)
 
-    def _send(self, x: Any, microbatch: int, stage: int) -> Any:
-        return _sent(x, self.meshes[self.schedule.way_of[microbatch]][stage])
+    def _send(self, place: int, x: Any, microbatch: int, stage: int) -> Any:
+        layout, mesh = self.layouts[stage], self.meshes[self.schedule.way_of[microbatch]][stage]
+        wanted = jax.NamedSharding(mesh, layout.grouped(layout.local.get(place)))
+        return x if x.sharding == wanted else jax.device_put(x, wanted)
 
     def _prepared(self, way: int, stage: int, flat: Sequence[Any]) -> _OnStage:
         own, mesh = self.made.of(stage), self.meshes[way][stage]

@@ -43,9 +43,7 @@ def cut_program(
 
     Raises NoTimeLoop and NoStages.
     """
-    staged = in_stages(
-        fn, args, kwargs, options, microbatches=steps, count=pieces, apart=apart
-    )
+    staged = in_stages(fn, args, kwargs, options, microbatches=steps, count=pieces, apart=apart)
     program = Program(staged.traced, staged.loop)
     made = stage_programs(program, staged.stages)
     homes = {p: t.stage for t in made.tasks.values() for p in (*t.outs, *t.sums)}

@@ -55,7 +55,7 @@ def island(
     planned: Sequence[tuple[str, str]],
     operands: Sequence[Any],
     mesh: PlannedMesh,
-    devices: jax.sharding.Mesh,
+    devices: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> list[Any]:
     """The equation's results. planned: mesh axis to factor name."""
     strategy = _strategy_of(op.rule, planned, mesh)

@@ -44,7 +44,11 @@ def constrained(traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> Any:
 
 
 class Emitter:
-    def __init__(self, traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> None:
+    """Computes a traced function as planned. devices: the mesh, or an abstract one inside of it."""
+
+    def __init__(
+        self, traced: Traced, plan: Plan, devices: jax.sharding.Mesh | jax.sharding.AbstractMesh
+    ) -> None:
         self.traced, self.plan, self.devices = traced, plan, devices
         self.mesh = plan.mesh_axes
         self.ops: Mapping[Path, Op] = {op.path: op for op in traced.graph.ops}
@@ -82,6 +86,7 @@ class Emitter:
         return [self.operand(op, k, x) for k, x in enumerate(operands)]
 
     def operand(self, op: Op, k: int, x: Any) -> Any:
+        """One operand as the operation wants it."""
         reshard = self.reshards.get((op.id, k))
         if reshard is None:
             return x
@@ -111,6 +116,7 @@ class Emitter:
     # the walk
 
     def walk(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], path: Path) -> list[Any]:
+        """The results of a jaxpr, which is the body of the equation at this path."""
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -125,6 +131,7 @@ class Emitter:
         return [read(v) for v in jaxpr.outvars]
 
     def equation(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """The results of one equation."""
         name = eqn.primitive.name
         if name in INLINED:
             inner, consts = open_jaxpr(eqn.params[INLINED[name]])
@@ -173,9 +180,7 @@ class Emitter:
             x if op is None else self.operand(op, 0, x) for op, x in zip(ops, operands, strict=True)
         ]
         outs = bind(eqn, taken)
-        return [
-            x if op is None else self.made(op, [x])[0] for op, x in zip(ops, outs, strict=True)
-        ]
+        return [x if op is None else self.made(op, [x])[0] for op, x in zip(ops, outs, strict=True)]
 
     def remat(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
         """What jax lowers remat to: a barrier that keeps XLA from reusing the first run."""
@@ -193,6 +198,7 @@ class Emitter:
         return self.constrain(self.operand(op, 0, x), self.plan.values[op.outputs[0]])
 
     def scan(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """A scan with its body as planned."""
         inner, body_consts = open_jaxpr(eqn.params["jaxpr"])
         n_consts, n_carry = scan_counts(eqn.params)
         entering = n_consts + n_carry
@@ -230,6 +236,7 @@ class Emitter:
         return x if op is None else self.operand(op, 0, x)
 
     def while_loop(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """A while loop with its test and its body as planned."""
         cond, cond_consts = open_jaxpr(eqn.params["cond_jaxpr"])
         body, body_consts = open_jaxpr(eqn.params["body_jaxpr"])
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -251,6 +258,7 @@ class Emitter:
         return [self.enter((*path, "out", k), x) for k, x in enumerate(out)]
 
     def cond(self, eqn: Any, operands: list[Any], path: Path) -> list[Any]:
+        """A choice with its branches as planned."""
         index, *rest = operands
 
         def branch(b: int, jaxpr: Any) -> Any:
@@ -268,6 +276,7 @@ class Emitter:
         return [self.enter((*path, "out", k), x) for k, x in enumerate(outs)]
 
     def branch_out(self, path: Path, branch: int, x: Any) -> Any:
+        """The result of a branch, as all branches give it."""
         op = self.ops.get(path)
         return x if op is None else self.operand(op, branch, x)
 

@@ -81,7 +81,10 @@ def partition_spec(spec: Sequence[Sequence[str]]) -> PartitionSpec:
 
 
 def named_sharding(
-    axes: tuple[int, ...], rank: int, mesh: Mesh, devices: jax.sharding.Mesh
+    axes: tuple[int, ...],
+    rank: int,
+    mesh: Mesh,
+    devices: jax.sharding.Mesh | jax.sharding.AbstractMesh,
 ) -> NamedSharding:
     """The jax sharding of a value of this rank."""
     return NamedSharding(devices, partition_spec(Sharding(axes).spec(rank, mesh)))

@@ -13,25 +13,25 @@ schedule keeps there and what the largest task needs; what the largest update ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from autoshard.alike_pieces import form_of
 from autoshard.cut_program import CutProgram, cut_program
 from autoshard.stage_prices import StagePrice, price_stage, traced_stage
 from autoshard.stage_step import stage_step
 from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
 from cost_models.topology import AxisLink, lay
+from cost_models.units import format_bytes
 from passes.ir.mesh import Mesh
-from passes.ir.plan import fingerprint, signature_of
-from passes.pipeline.published import OfPieces, published, timeline_of
-from passes.pipeline.schedule import ScheduleError
+from passes.pipeline.published import OfPieces, timeline_of
 from passes.pipeline.stage_costs import StageCosts
 from passes.pipeline.timeline import Timeline
 from passes.search import NoFeasiblePlan
 
-_ROUNDS = 3  # of planning the pieces again with less memory for each
+_ROUNDS = 2  # of planning the pieces again with less memory for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,9 @@ class PipelineCosts:
         self.fused_attention, self.solver = fused_attention, solver
         self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
         self.planned: dict[Any, StagePrice] = {}
+        self.least: tuple[float, str] | None = (
+            None  # bytes that the smallest that did not fit needs
+        )
 
     def cut(self, form: Form) -> CutProgram:
         """The function cut so; NoTimeLoop and NoStages where it can not be."""
@@ -135,13 +138,17 @@ class PipelineCosts:
         for _ in range(_ROUNDS):
             prices = self.prices(form, cut, limit)
             found = self.scheduled(form, cut, prices, name)
-            over = max(found.memory) - self.limit
+            needed = max(found.memory)
+            over = needed - self.limit
             if over <= 0:
                 return found
+            self.least = min(self.least or (needed, ""), (needed, f"{form} with {name}"))
             limit -= over / form.chunks * 1.02
+            if limit <= 0:
+                break
         raise NoFeasiblePlan(
-            f"{form} with {name}: a device needs {max(found.memory):.4g} bytes, and has "
-            f"{self.limit:.4g}"
+            f"{form} with {name}: a device needs {format_bytes(needed)}, and has "
+            f"{format_bytes(self.limit)}"
         )
 
     def prices(self, form: Form, cut: CutProgram, limit: float) -> tuple[StagePrice, ...]:
@@ -149,16 +156,13 @@ class PipelineCosts:
         return tuple(self._price(form, cut, k, limit) for k in range(form.pieces))
 
     def _price(self, form: Form, cut: CutProgram, piece: int, limit: float) -> StagePrice:
-        step = stage_step(cut.made, cut.groups, piece, form.microbatches)
-        traced = traced_stage(step, cut.names)
-        state = _state(step.arguments, step.results, cut.state)
-        donated = tuple(p in cut.donated for p in step.arguments)
-        wiring = tuple((op.inputs, op.outputs) for op in traced.graph.ops)
-        key = fingerprint(signature_of(traced.graph)), wiring, state, donated, form.mesh, form.devices, limit, len(step.sent)
+        shape = form_of(cut, piece, bool(self.hints))
+        key = shape, form.microbatches, form.mesh, form.devices, limit
         if key not in self.planned:
+            step = stage_step(cut.made, cut.groups, piece, form.microbatches)
             self.planned[key] = price_stage(
                 step,
-                traced,
+                traced_stage(step, cut.names),
                 self.cluster,
                 form.mesh,
                 limit,
@@ -168,7 +172,7 @@ class PipelineCosts:
                 self.fused_attention,
                 self.solver,
             )
-        return replace(self.planned[key], step=step, traced=traced)
+        return self.planned[key]
 
     def scheduled(
         self, form: Form, cut: CutProgram, prices: Sequence[StagePrice], name: str
@@ -176,7 +180,9 @@ class PipelineCosts:
         """A schedule for these prices; ScheduleError where there is none of that name."""
         stages, data = self.links(form)
         costs = StageCosts(
-            *(tuple(p.seconds[kind] for p in prices) for kind in "FBW"),
+            tuple(p.seconds["F"] for p in prices),
+            tuple(p.seconds["B"] for p in prices),
+            tuple(p.seconds["W"] for p in prices),
             max(seconds("permute", p.sent, stages) for p in prices) if form.stages > 1 else 0.0,
             tuple(p.activation for p in prices),
             tuple(p.kept for p in prices),
@@ -221,20 +227,4 @@ def _held(timeline: Timeline) -> list[list[int]]:
     return out
 
 
-def _state(
-    arguments: Sequence[int], results: Sequence[int], state: Mapping[int, int]
-) -> tuple[tuple[int, int], ...]:
-    """Which argument is replaced by which result, by their numbers."""
-    at = {p: k for k, p in enumerate(results)}
-    return tuple((k, at[state[p]]) for k, p in enumerate(arguments) if state.get(p) in at)
-
-
-def fits(name: str, form: Form) -> str:
-    """Why a schedule of that name is none for a form; "" where it may be."""
-    wanted = published(name)
-    if wanted.pieces is not None and wanted.pieces != form.chunks and name != "auto":
-        return f"{name} has {wanted.pieces} chunks"
-    return ""
-
-
-__all__ = ["Form", "Pipeline", "PipelineCosts", "ScheduleError", "fits"]
+__all__ = ["Form", "Pipeline", "PipelineCosts"]

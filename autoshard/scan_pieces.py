@@ -20,7 +20,7 @@ from jax import lax
 from autoshard.jax_compat import bind, open_jaxpr, scan_counts, traced_at
 from autoshard.rewalk import Rewalk
 from autoshard.trace import INLINED, Path, Traced
-from passes.ir.graph import Op
+from passes.ir.graph import Graph, Op
 
 
 def in_pieces(traced: Traced, count: int) -> Callable[..., list[Any]]:
@@ -30,7 +30,7 @@ def in_pieces(traced: Traced, count: int) -> Callable[..., list[Any]]:
     """
     length = layers_of(traced)
     jaxpr, consts = open_jaxpr(traced.jaxpr)
-    at = bounds(length, count)
+    at = bounds(length, count, *_beside(traced, length))
     ops = {op.path: op for op in traced.graph.ops}
 
     def run(*flat: Any) -> list[Any]:
@@ -43,19 +43,64 @@ def layers_of(traced: Traced) -> int:
     """The length of the scans that have most of the FLOPs; 0 where there is none."""
     graph, flops = traced.graph, dict[int, float]()
     for op in graph.ops:
-        region = op.region
-        while region and graph.regions[region].parent:
-            region = graph.regions[region].parent
+        region = _outermost(graph, op.region)
         if region and graph.regions[region].kind == "scan":
             trips = int(graph.regions[region].trips)
             flops[trips] = flops.get(trips, 0.0) + op.rule.flops * graph.trips(op.region)
     return max(flops, key=lambda n: (flops[n], n), default=0)
 
 
-def bounds(length: int, count: int) -> tuple[int, ...]:
-    """Where the pieces of so many layers begin and end: as even as can be."""
+def bounds(length: int, count: int, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
+    """Where the pieces of so many layers begin and end: the slowest is as fast as can be.
+
+    first, last: what the first and the last piece do besides, in layers, such as the head of a
+    language model. A piece without layers is left out.
+
+    >>> bounds(12, 4), bounds(10, 4), bounds(12, 4, 0, 2)
+    ((0, 3, 6, 9, 12), (0, 2, 5, 7, 10), (0, 4, 8, 11, 12))
+    """
     count = max(1, min(count, length))
-    return tuple(length * k // count for k in range(count + 1))
+    even = tuple(length * k // count for k in range(count + 1))
+    beside = [0.0] * count
+    beside[0] += first
+    beside[-1] += last
+    worst = max(b - a + x for a, b, x in zip(even, even[1:], beside, strict=False))
+    most = [float(worst)] + [n + x for x in beside for n in range(length + 1)]
+    for top in sorted(t for t in most if t <= worst):
+        room = [max(0, int(top - x + 1e-9)) for x in beside]
+        if sum(room) >= length and all(x <= top for x in beside):
+            break
+    if top >= worst:
+        return even
+    while sum(room) > length:
+        fullest = max(range(count), key=lambda k: (room[k] > 0, room[k] + beside[k], k))
+        room[fullest] -= 1
+    ends = itertools.accumulate(room)
+    return tuple(dict.fromkeys((0, *ends)))
+
+
+def _beside(traced: Traced, length: int) -> tuple[float, float]:
+    """FLOPs, in layers, of what comes before and after the one scan over layers."""
+    graph = traced.graph
+    outer = [_outermost(graph, op.region) for op in graph.ops]
+    scans = list(dict.fromkeys(r for r in outer if r and graph.regions[r].trips == length))
+    if not 1 <= len(scans) <= 2:  # a forward one, and its gradient
+        return 0.0, 0.0
+    flops = [op.rule.flops * graph.trips(op.region) for op in graph.ops]
+    inside = sum(f for f, r in zip(flops, outer, strict=True) if r in scans)
+    middle = range(graph.regions[scans[0]].end, graph.regions[scans[-1]].begin)
+    if len(scans) == 1:
+        middle = range(graph.regions[scans[0]].end, len(graph.ops))
+    last = sum(flops[k] for k in middle if outer[k] not in scans)
+    first = sum(flops) - inside - last
+    return first * length / inside, last * length / inside
+
+
+def _outermost(graph: Graph, region: int) -> int:
+    """The outermost region around, 0 for none."""
+    while region and graph.regions[region].parent:
+        region = graph.regions[region].parent
+    return region
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ def stacked(program: Program) -> Stacked:
             first, last = params["start_indices"], params["limit_indices"]
             if not any(first[1:]) and tuple(last[1:]) == tuple(whole[1:]):
                 cuts[e.outs[0]] = Cut(e.ins[0], first[0], last[0])
-        if name == "concatenate" and params["dimension"] == 0 and e.outs[0] in results - read:
-            if all(isinstance(p, int) for p in e.ins):
-                joins[e.outs[0]] = e.ins
+        stacks = name == "concatenate" and params["dimension"] == 0
+        if stacks and e.outs[0] in results - read and all(isinstance(p, int) for p in e.ins):
+            joins[e.outs[0]] = e.ins
     return Stacked(cuts, joins)
 
 

@@ -19,11 +19,13 @@ from jax import lax
 from autoshard.jax_compat import Literal, open_jaxpr
 from autoshard.lower import Emitter
 from autoshard.mesh import partition_spec
-from autoshard.stage_prices import GROUPS, StagePrice, task_paths
+from autoshard.stage_prices import GROUPS, task_paths
 from autoshard.stage_programs import Part, TaskProgram, run_step
+from autoshard.stage_step import StageStep
 from autoshard.time_loop import Program
+from autoshard.trace import Traced
 from passes.ir.mesh import Mesh
-from passes.ir.plan import Axes
+from passes.ir.plan import Axes, Plan
 from passes.ir.sharding import PARTIAL as SUMMANDS
 from passes.ir.sharding import Sharding
 
@@ -44,7 +46,7 @@ class StageLayout:
     local: Mapping[int, Spec] = field(default_factory=dict)
     parts: Mapping[Part, Spec] = field(default_factory=dict)
     sums: Mapping[int, Spec] = field(default_factory=dict)
-    price: StagePrice | None = None
+    planned: tuple[Traced, Plan] | None = None  # the stage's function, and its plan
 
     def grouped(self, spec: Spec | None) -> Spec:
         """The spec of an array with the groups as its first dim."""
@@ -55,9 +57,9 @@ class StageLayout:
 
         devices: the stage's mesh.
         """
-        if self.price is None:
+        if self.planned is None:
             return partial(run_step, program, task)
-        traced, plan = self.price.traced, self.price.found.plan
+        traced, plan = self.planned
         loop, kinds = task_paths(traced)
         body, _ = open_jaxpr(open_jaxpr(traced.jaxpr)[0].eqns[loop].params["jaxpr"])
         at = next(k for k, kind in kinds.items() if kind == task.kind)
@@ -123,9 +125,8 @@ def task_on_groups(
     )
 
 
-def planned_layout(price: StagePrice) -> StageLayout:
-    """The layout that a stage's plan says."""
-    step, traced, plan = price.step, price.traced, price.found.plan
+def planned_layout(step: StageStep, traced: Traced, plan: Plan) -> StageLayout:
+    """The layout that a stage's plan says. traced: the stage's function."""
     mesh, graph = plan.mesh_axes, traced.graph
     ops = {op.path: op for op in graph.ops}
     loop, kinds = task_paths(traced)
@@ -173,4 +174,4 @@ def planned_layout(price: StagePrice) -> StageLayout:
             op = ops.get(barrier if len(task.outs) == 1 else (*barrier, "out", n))
             if op is not None:
                 local[p] = spec(op.outputs[0])
-    return StageLayout(mesh, whole, lying, local, parts, sums, price)
+    return StageLayout(mesh, whole, lying, local, parts, sums, (traced, plan))

@@ -22,7 +22,7 @@ from passes.ir.graph import Graph, Hint, Op
 from passes.ir.mesh import Mesh
 from passes.normalize import drop_dead
 from passes.priced import Priced
-from passes.reshard import reshard_seconds, waited_seconds
+from passes.reshard import waited_seconds
 from passes.search import Found, search
 
 KINDS = ("F", "B", "W")

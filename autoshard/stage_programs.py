@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from autoshard.after_stages import closure
@@ -154,8 +153,11 @@ def _anywhere(
     outside = {p for e in inside for p in e.outs} | {p for p, _ in program.parts(inside)}
     for e in inside:
         op = program.ops.get(e.path)
-        whole = all(p in found or (p not in outside and program.part(e, k) is None)
-                    for k, p in enumerate(e.ins) if isinstance(p, int))
+        whole = all(
+            p in found or (p not in outside and program.part(e, k) is None)
+            for k, p in enumerate(e.ins)
+            if isinstance(p, int)
+        )
         if op is not None and op.rule.fuses and whole and not set(e.outs) & set(after):
             found.update(dict.fromkeys(e.outs, e))
     return found
@@ -235,5 +237,3 @@ def run_step(
     )
     added = [x + local[p].astype(x.dtype) for p, x in zip(task.sums, sums, strict=True)]
     return [local[p] for p in task.outs], added
-
-

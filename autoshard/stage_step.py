@@ -25,7 +25,6 @@ from autoshard.step import local_shape
 from autoshard.time_loop import wide
 from passes.time_axis import Split
 
-
 TASK = "task_"  # begins the name of a task's call
 
 

@@ -69,9 +69,7 @@ class Overlap:
         return Waited(self.outside, self.slows) if enough else WHOLE
 
 
-def overlap(
-    graph: Graph, cluster: Cluster, devices: int, links: Sequence[AxisLink]
-) -> Overlap:
+def overlap(graph: Graph, cluster: Cluster, devices: int, links: Sequence[AxisLink]) -> Overlap:
     """What may overlap in a program on a mesh with these links."""
     rate = devices * peak_flops(cluster.chip, "bfloat16")
     busy = accumulate(op.rule.flops * graph.trips(op.region) / rate for op in graph.ops)

@@ -183,14 +183,14 @@ class Plan:
                 f"{VERSION}: plan again, or use the autoshard that wrote it"
             )
         try:
-            plan: Plan = _read(Plan, data)
-            _check(plan)
+            plan: Plan = read_as(Plan, data)
+            check_plan(plan, read_as(Cluster, plan.cluster).devices)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this plan is damaged: {error}") from None
         return plan
 
 
-def _read(kind: Any, data: Any) -> Any:
+def read_as(kind: Any, data: Any) -> Any:
     """A dataclass from its plain data; unknown, missing and mistyped fields raise."""
     fields = _fields(kind)
     if not isinstance(data, dict):
@@ -219,7 +219,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 def _typed(wanted: Any, value: Any) -> Any:
     """A JSON value as the type that is wanted; lists become tuples."""
     if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
-        return _read(wanted, value)
+        return read_as(wanted, value)
     parts = get_args(wanted)
     if type(None) in parts:
         return None if value is None else _typed(parts[0], value)
@@ -240,13 +240,13 @@ def _typed(wanted: Any, value: Any) -> Any:
     raise _Mistyped
 
 
-def _check(plan: Plan) -> None:
-    """ValueError where the parts of a plan, each well typed, do not belong together."""
-    cluster: Cluster = _read(Cluster, plan.cluster)
+def check_plan(plan: Plan, devices: int) -> None:
+    """ValueError where the parts of a plan for so many devices do not belong together."""
+    cluster: Cluster = read_as(Cluster, plan.cluster)
     mesh = plan.mesh_axes
-    if mesh.devices != cluster.devices:
+    if mesh.devices != devices:
         raise ValueError(
-            f"its mesh {mesh} has {mesh.devices} devices, its cluster {cluster} {cluster.devices}"
+            f"its mesh {mesh} has {mesh.devices} devices, its cluster {cluster} {devices}"
         )
     if fingerprint(plan.signature) != plan.fingerprint:
         raise ValueError(f"its fingerprint {plan.fingerprint!r} is not that of its signature")

@@ -42,7 +42,7 @@ def test_every_value_is_there_when_needed_and_gone_afterwards(skip: bool) -> Non
     programs, between = made(skip)
     sent: list[tuple[Any, int]] = []
 
-    def send(x: Any, microbatch: int, stage: int) -> Any:
+    def send(place: int, x: Any, microbatch: int, stage: int) -> Any:
         sent.append((x, stage))
         return x
 

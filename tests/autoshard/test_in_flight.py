@@ -196,10 +196,11 @@ class Watch:
         self.loose = 0  # bytes that lie on no shelf
         self.donated = 0
         self.base: dict[Any, int] = {}
-        self.last = {s: max((k for t, k in run.steps if t == s), key="FBW".index)
+        self.last = {s: max((k for t, k in run.steps[0] if t == s), key="FBW".index)
                      for s in range(self.schedule.pieces)}  # fmt: skip
-        for (stage, kind), step in run.steps.items():
-            run.steps[stage, kind] = partial(self.start, step, stage, kind)
+        for steps in run.steps:
+            for (stage, kind), step in steps.items():
+                steps[stage, kind] = partial(self.start, step, stage, kind)
 
         def shelf(*args: Any) -> Shelf:
             self.shelf, self.base = Shelf(*args), live()

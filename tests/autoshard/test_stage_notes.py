@@ -51,16 +51,6 @@ def test_there_is_nothing_to_say_of_what_is_done_as_asked() -> None:
     assert controller(offload.pipe_offload(2, 4), rows=4, each=1).notes == ()
 
 
-@pytest.mark.parametrize(("rows", "each"), [(3, 2), (2, 4)])
-def test_a_part_that_does_not_divide_over_a_stage(rows: int, each: int) -> None:
-    run = controller(generators.one_f_one_b(2, 4), rows, each)
-    assert run.notes == (
-        f"dim 0 of batch['x'] has {rows} in a microbatch, which does not divide over the {each} "
-        "devices of stage 0: each of them holds and computes all",
-    )
-    assert agrees(run, rows)
-
-
 def test_activations_that_can_not_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on devices whose only memory is the host's."""
     monkeypatch.setattr("autoshard.controller._host_memory", lambda _: "")

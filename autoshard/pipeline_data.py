@@ -1,0 +1,163 @@
+"""From a priced pipeline to its plan as data, and back to a schedule: `as_plan`, `schedule_of`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autoshard.pipeline_costs import Pipeline
+from autoshard.pipeline_search import Searched
+from autoshard.trace import Traced
+from cost_models.cluster import Cluster
+from passes.ir.pipeline_plan import Piece, PipelinePlan, Table
+from passes.ir.plan import Alternative, Cost, Plan, fingerprint, signature_of
+from passes.pipeline.schedule import Place, Schedule, Task, Transfer
+from passes.pipeline.stage_costs import StageCosts
+from passes.pipeline.timeline import Timeline, simulate
+
+
+def as_plan(
+    found: Searched, traced: Traced, cluster: Cluster, limit: float, fused_attention: bool
+) -> PipelinePlan:
+    """The plan of the best pipeline. traced: the function as the user wrote it."""
+    best, form = found.best, found.best.form
+    plans: list[Plan] = []
+    pieces = []
+    for price in best.prices:
+        plan = price.found.plan
+        if plan not in plans:
+            plans.append(plan)
+        pieces.append(
+            Piece(
+                plans.index(plan),
+                price.seconds["F"],
+                price.seconds["B"],
+                price.seconds["W"],
+                price.update,
+                price.lying,
+                price.working,
+                price.updating,
+                price.activation,
+                price.kept,
+                price.gradients,
+                price.sent,
+            )
+        )
+    signature = signature_of(traced.graph)
+    return PipelinePlan(
+        name=traced.graph.name,
+        fingerprint=fingerprint(signature),
+        signature=signature,
+        cluster=cluster.to_dict(),
+        stages=form.stages,
+        chunks=form.chunks,
+        groups=form.groups,
+        mesh=tuple(form.mesh.as_dict().items()),
+        microbatches=form.microbatches,
+        apart=form.apart,
+        table=_table(best.timeline.schedule),
+        send=best.timeline.costs.send,
+        tails=best.tails,
+        memory=best.memory,
+        memory_limit=limit,
+        cost=cost_of(best),
+        pieces=tuple(pieces),
+        plans=tuple(plans),
+        donated=tuple(k for k, given in enumerate(traced.donated) if given),
+        alternatives=tuple(_alternatives(found)),
+        notes=(*_notes(found), *traced.graph.notes),
+        fused_attention=fused_attention,
+    )
+
+
+def cost_of(pipeline: Pipeline) -> Cost:
+    """What a pipeline costs its busiest device."""
+    form, prices = pipeline.form, pipeline.prices
+    compute = waiting = sent = flops = 0.0
+    for place in range(form.stages):
+        own = [k for k, p in enumerate(pipeline.timeline.schedule.ways[0]) if p.device == place]
+        work = sum(sum(prices[k].compute.values()) for k in own) * form.microbatches
+        whole = sum(sum(prices[k].seconds.values()) for k in own) * form.microbatches
+        update = sum(prices[k].update for k in own)
+        compute = max(compute, work + update)
+        waiting = max(waiting, whole - work + pipeline.tails[place] - update)
+        moved = sum(prices[k].found.plan.cost.comm_bytes for k in own)
+        moved += sum(prices[k].sent * form.microbatches for k in own)
+        moved += sum(2 * prices[k].gradients for k in own) * (form.groups > 1)
+        sent = max(sent, moved)
+        flops = max(flops, sum(prices[k].found.plan.cost.flops for k in own))
+    return Cost(pipeline.step_time, compute, waiting, max(pipeline.memory), sent, flops)
+
+
+def timeline_of(plan: PipelinePlan) -> Timeline:
+    """The plan's schedule with the times that are predicted."""
+    costs = StageCosts(
+        tuple(p.forward for p in plan.pieces),
+        tuple(p.backward for p in plan.pieces),
+        tuple(p.weight for p in plan.pieces),
+        plan.send,
+        tuple(p.activation for p in plan.pieces),
+        tuple(p.kept for p in plan.pieces),
+        tuple(0.0 for _ in plan.pieces),
+    )
+    return simulate(schedule_of(plan.table), costs)
+
+
+def schedule_of(table: Table) -> Schedule:
+    """The schedule that a table says."""
+    ways = tuple(tuple(Place(d, c) for d, c in way) for way in table.ways)
+    orders = tuple(tuple(map(_task, order)) for order in table.orders)
+    transfers = tuple(tuple(map(_transfer, order)) for order in table.transfers)
+    return Schedule(table.name, ways, table.way_of, orders, transfers)
+
+
+def _table(schedule: Schedule) -> Table:
+    return Table(
+        schedule.name,
+        tuple(tuple((p.device, p.chunk) for p in way) for way in schedule.ways),
+        schedule.way_of,
+        tuple(tuple(map(str, order)) for order in schedule.orders),
+        tuple(
+            tuple(f"{t.task} {t.beside}" if t.beside else str(t.task) for t in order)
+            for order in schedule.transfers
+        ),
+    )
+
+
+def _task(text: str) -> Task:
+    kind = text.rstrip("0123456789.")
+    microbatch, _, chunk = text[len(kind) :].partition(".")
+    return Task(kind, int(microbatch), int(chunk or 0))
+
+
+def _transfer(text: str) -> Transfer:
+    task, _, beside = text.partition(" ")
+    return Transfer(_task(task), _task(beside) if beside else None)
+
+
+def _alternatives(found: Searched) -> list[Alternative]:
+    out = []
+    for p in found.others:
+        ratio = p.step_time / found.best.step_time
+        out.append(_alternative(p, f"{ratio:.2f}x the step time"))
+    for form, name, why in found.refused:
+        axes = (("stage", form.stages), ("data", form.groups), *form.mesh.as_dict().items())
+        out.append(Alternative(name, axes, None, why.partition(". ")[0]))
+    return out
+
+
+def _alternative(p: Pipeline, note: str) -> Alternative:
+    form = p.form
+    axes = (("stage", form.stages), ("data", form.groups), *form.mesh.as_dict().items())
+    chunks = f" in {form.chunks} chunks" if form.chunks > 1 else ""
+    name = f"{p.timeline.schedule.name}{chunks}, {form.microbatches} microbatches"
+    return Alternative(name, axes, cost_of(p), note)
+
+
+def _notes(found: Searched) -> Sequence[str]:
+    tried = 1 + len(found.others) + len(found.refused)
+    if found.left:
+        return (
+            f"{tried} pipelines were priced, the most promising first; {found.left} others that "
+            "may be faster were not",
+        )
+    return (f"{tried} pipelines were priced; no other of the forms that are tried promises more",)

@@ -1,0 +1,231 @@
+"""A plan with pipeline stages, bound to its function: what `plan(fn, *args, stages=...)` gives.
+
+It is used as a Plan is: printed, kept as JSON, compiled. Its program is not one but many: each task
+of each stage is compiled for the stage's devices, and one controller starts them along the table of
+the schedule (`autoshard.controller`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from autoshard.api import Plan
+from autoshard.controller import Controller
+from autoshard.cut_program import CutProgram, cut_program
+from autoshard.mesh import device_mesh
+from autoshard.pipeline_data import schedule_of, timeline_of
+from autoshard.stage_layout import StageLayout, planned_layout
+from autoshard.stage_prices import traced_stage
+from autoshard.stage_step import stage_step
+from autoshard.state import state_pairs
+from passes.ir import plan as ir
+from passes.ir.mesh import Mesh
+from passes.ir.pipeline_plan import PipelinePlan
+from passes.ir.plan import PlanError
+from passes.pipeline.timeline import Timeline
+
+_NO_SPECS = (
+    "in a pipeline each array lies with the stages that use it, so that one PartitionSpec does not "
+    "say where: plan.stages are the plans of the pieces"
+)
+
+
+class PipelinedPlan(Plan):
+    """A plan of a pipeline: a Plan of several programs, which its `stages` are the plans of.
+
+    cut: its function in pieces, None for a plan that was read.
+    """
+
+    data: PipelinePlan  # type: ignore[assignment]
+
+    def __init__(self, data: PipelinePlan, cut: CutProgram | None = None) -> None:
+        self.data = data
+        self._cut = cut
+
+    @property
+    def mesh(self) -> Mapping[str, int]:
+        """Axis name to size: stages, data-parallel groups, and what a group shards over."""
+        return dict(self.data.axes)
+
+    @property
+    def cost(self) -> ir.Cost:
+        """Predicted seconds, bytes and FLOP on the busiest device."""
+        return self.data.cost
+
+    @property
+    def stages(self) -> tuple[ir.Plan, ...]:
+        """Per piece of the model the plan of what it does, on the devices of one group."""
+        return tuple(self.data.plans[p.plan] for p in self.data.pieces)
+
+    @property
+    def alternatives(self) -> tuple[ir.Alternative, ...]:
+        """The pipelines it beat, the best first."""
+        return self.data.alternatives
+
+    @property
+    def ops(self) -> tuple[ir.OpPlan, ...]:
+        """Every operation of every piece."""
+        return tuple(op for plan in self.stages for op in plan.ops)
+
+    @property
+    def problem(self) -> Any:
+        """Several problems were solved: PlanError."""
+        raise PlanError("a pipeline has a problem for each of its pieces, not one")
+
+    @property
+    def compiler_options(self) -> Mapping[str, str]:
+        """XLA's options for the programs of all tasks."""
+        return dict(self.data.plans[0].compiler_options)
+
+    @property
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """Places of arguments and of the results that take their place."""
+        traced = self._bound_cut("state").staged.traced
+        inputs = {v: k for k, v in enumerate(traced.graph.inputs)}
+        outputs = {v: k for k, v in enumerate(traced.graph.outputs)}
+        return tuple((inputs[i], outputs[o]) for i, o in state_pairs(traced))
+
+    @property
+    def in_shardings(self) -> Any:
+        """An argument lies with the stages that use it: PlanError; see `stages`."""
+        raise PlanError(_NO_SPECS)
+
+    @property
+    def out_shardings(self) -> Any:
+        """A result lies with the stage that makes it: PlanError; see `stages`."""
+        raise PlanError(_NO_SPECS)
+
+    def lower(self, devices: Any = None) -> Any:
+        """A pipeline is many programs: PlanError; `compile` gives the function that runs them."""
+        raise PlanError(
+            "a pipeline is a program for each task of each stage: plan.compile() gives the "
+            "function that runs them"
+        )
+
+    def place(self, *args: Any, devices: Any = None, **kwargs: Any) -> Any:
+        """The function that `compile` gives places its arguments by itself: PlanError."""
+        raise PlanError("the compiled function of a pipeline places its arguments by itself")
+
+    def verify(self, devices: Any = None, *, top: int = 1, progress: Any = None) -> Any:
+        """Not yet for a pipeline: PlanError."""
+        raise PlanError("verify compiles one program, and a pipeline is many: it can not yet")
+
+    @property
+    def timeline(self) -> Timeline:
+        """When each task is predicted to run: to print, draw or keep as a trace."""
+        return timeline_of(self.data)
+
+    @property
+    def lowering(self) -> str:
+        """How it is run, in words."""
+        return (
+            "one program for each task of each stage, started by a single controller along the "
+            f"table of {self.data.table.name}"
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text, the same for the same plan."""
+        return self.data.to_json()
+
+    @staticmethod
+    def from_json(
+        text: str, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
+    ) -> PipelinedPlan:
+        """Read a plan; with the function and its arguments, bind it to them. Raises PlanError."""
+        read = PipelinedPlan(PipelinePlan.from_json(text))
+        return read if fn is None else read.bind(fn, *args, **kwargs)
+
+    def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> PipelinedPlan:
+        """The same plan for this function, which must be the one it was made for (PlanError)."""
+        data = self.data
+        cut = cut_program(
+            fn,
+            args,
+            kwargs,
+            {},
+            steps=data.microbatches * data.groups,
+            pieces=len(data.pieces),
+            apart=data.apart,
+        )
+        bound = PipelinedPlan(data, cut)
+        bound.layouts()
+        return bound
+
+    def layouts(self) -> tuple[StageLayout, ...]:
+        """Per piece where its values lie in a group; PlanError where the plan is another's."""
+        cut, out = self._bound_cut("compile"), []
+        for k, plan in enumerate(self.stages):
+            step = stage_step(cut.made, cut.groups, k, self.data.microbatches)
+            traced = traced_stage(step, cut.names)
+            signature = ir.signature_of(traced.graph)
+            if ir.fingerprint(signature) != plan.fingerprint:
+                found = "; ".join(ir.differences(plan.signature, signature))
+                raise PlanError(
+                    f"piece {k} of {self.data.name} is not what was planned: {found}. Plan again "
+                    "for this function"
+                )
+            out.append(planned_layout(step, traced, plan))
+        return tuple(out)
+
+    def _bound_cut(self, what: str) -> CutProgram:
+        if self._cut is None:
+            raise PlanError(
+                f"Plan.{what} needs the function: give it to Plan.from_json(text, fn, *args), "
+                "or call plan.bind(fn, *args)"
+            )
+        return self._cut
+
+    def compile(
+        self, devices: Sequence[Any] | jax.sharding.Mesh | None = None
+    ) -> Callable[..., Any]:
+        """The function over the stages: takes and returns what fn does.
+
+        devices: those that jax has when omitted. Programs are compiled when they first run.
+        Raises DevicesError when there are too few.
+        """
+        layouts, staged = self.layouts(), self._bound_cut("compile").staged
+        if isinstance(devices, jax.sharding.Mesh):
+            devices = list(devices.devices.flat)
+        names, sizes = zip(*self.data.axes, strict=True)
+        grid = device_mesh(Mesh(names, sizes), devices).devices
+        controller = Controller(
+            staged.traced,
+            staged.loop,
+            staged.stages,
+            schedule_of(self.data.table),
+            [list(own.flat) for own in grid],
+            layouts,
+        )
+        traced = staged.traced
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            flat, tree = jax.tree.flatten((args, kwargs))
+            if tree != traced.in_tree:
+                raise TypeError(f"{self.data.name} was planned for arguments of another structure")
+            return jax.tree.unflatten(traced.out_tree, controller(*flat))
+
+        call.__name__ = call.__qualname__ = self.data.name
+        call.controller = controller  # type: ignore[attr-defined]
+        return call
+
+    def explain(self, glob: str) -> str:
+        """Of each different piece, why the values that a glob names are sharded so."""
+        from autoshard.explain import explain
+
+        out = []
+        for k, plan in enumerate(self.data.plans):
+            where = [str(i) for i, p in enumerate(self.data.pieces) if p.plan == k]
+            out.append(f"piece {', '.join(where)}\n{explain(plan, None, glob)}")
+        return "\n\n".join(out)
+
+    def __str__(self) -> str:
+        from autoshard.report_pipeline import report
+
+        return report(self.data)
+
+    def __repr__(self) -> str:
+        mesh = ", ".join(f"{n}={s}" for n, s in self.data.axes)
+        return f"PipelinedPlan({self.data.name}, {mesh}, {self.data.cost.step_time:.3g} s)"

@@ -1,0 +1,121 @@
+"""From what a user asks of stages to the plan of a pipeline: `plan_stages`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+from autoshard.microbatches import batch_sizes
+from autoshard.pipeline_costs import PipelineCosts
+from autoshard.pipeline_data import as_plan
+from autoshard.pipeline_search import Wanted, search_pipelines
+from autoshard.pipelined import PipelinedPlan
+from autoshard.scan_pieces import layers_of
+from autoshard.trace import Traced
+from cost_models.cluster import Cluster
+from passes.hints import hints_for
+from passes.ir.mesh import Mesh, MeshError
+from passes.meshes import names_of
+from passes.microbatch_loop import NoTimeLoop
+from passes.pipeline.published import published
+from passes.search import Progress
+
+OUTER = ("stage", "data")  # axes of a pipeline's mesh that lie outside of a group
+_MANY = 10**6
+
+
+def checked_stages(stages: object) -> int | None:
+    """The number of stages that was asked for; None for "auto"."""
+    if stages == "auto":
+        return None
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages is a whole number from 1 on, or 'auto', not {stages!r}")
+    return stages
+
+
+def plan_stages(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    traced: Traced,
+    cluster: Cluster,
+    *,
+    stages: int | None,
+    microbatches: int | None,
+    schedule: str | None = None,
+    chunks: int | None = None,
+    mesh: Mapping[str, int] | None = None,
+    hints: Mapping[str, Any] | None = None,
+    limit: float | None = None,
+    solver: str = "ilp",
+    fused_attention: bool = False,
+    progress: Progress | None = None,
+) -> PipelinedPlan:
+    """The best pipeline found. traced: of fn; stages and microbatches: None to search.
+
+    Raises NoFeasiblePlan, NoStages, NoTimeLoop, ScheduleError, HintError.
+    """
+    name = None if schedule in (None, "auto") else published(str(schedule)).name
+    most = cluster.memory_limit if limit is None else limit
+    wanted = _wanted(traced, cluster, mesh, hints or {})
+    asked = {"stages": stages, "microbatches": microbatches, "schedule": name, "chunks": chunks}
+    given = {k: v for k, v in asked.items() if v is not None}
+    costs = PipelineCosts(fn, args, kwargs, options, cluster, most, hints, fused_attention, solver)
+    found = search_pipelines(costs, _with(wanted, given), progress)
+    data = as_plan(found, traced, cluster, most, fused_attention)
+    return PipelinedPlan(data, found.best.cut)
+
+
+def _with(wanted: Wanted, given: Mapping[str, Any]) -> Wanted:
+    fixed = wanted.stages
+    if fixed is not None and given.get("stages", fixed) != fixed:
+        raise MeshError(f"stages={given['stages']}, but the mesh has an axis stage={fixed}")
+    return replace(wanted, **given)
+
+
+def _wanted(
+    traced: Traced, cluster: Cluster, mesh: Mapping[str, int] | None, hints: Mapping[str, Any]
+) -> Wanted:
+    """What is known beforehand of the function, and asked for by its mesh."""
+    graph = traced.graph
+    sizes = batch_sizes(traced)
+    if not sizes:
+        raise NoTimeLoop(
+            f"{graph.name} has no batch dimension: no leading dim of an input splits its "
+            "operations, so that nothing can run in microbatches"
+        )
+    flops = sum(op.rule.flops * graph.trips(op.region) for op in graph.ops)
+    state = float(sum(graph.values[v].type.nbytes for v in graph.inputs))
+    own = (*graph.hints, *hints_for(graph, hints))
+    axes = tuple(n for n in names_of(own) if n not in OUTER) or ("model",)
+    fixed: dict[str, Any] = {"axes": axes}
+    if mesh is not None:
+        inside = {n: s for n, s in mesh.items() if n not in OUTER} or {axes[0]: 1}
+        fixed |= {
+            "mesh": Mesh.of(inside),
+            "stages": mesh.get("stage"),
+            "groups": mesh.get("data", 1),
+        }
+    return Wanted(cluster.devices, gcd(*sizes), _layers(traced), flops, state, **fixed)
+
+
+def _layers(traced: Traced) -> int:
+    """Into how many pieces a function can be cut at most; many where no scan holds its layers."""
+    graph, length = traced.graph, layers_of(traced)
+    if length <= 1:
+        return _MANY
+    whole = inside = 0.0
+    scans: set[int] = set()
+    for op in graph.ops:
+        flops = op.rule.flops * graph.trips(op.region)
+        whole += flops
+        outer = op.region
+        while outer and graph.regions[outer].parent:
+            outer = graph.regions[outer].parent
+        if outer and graph.regions[outer].kind == "scan" and graph.regions[outer].trips == length:
+            inside += flops
+            scans.add(outer)
+    return length * max(1, len(scans) // 2) if inside > whole / 2 else _MANY
