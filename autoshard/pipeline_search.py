@@ -128,6 +128,8 @@ def candidates(wanted: Wanted, costs: PipelineCosts) -> Iterator[tuple[Form, str
     """Forms and schedules that could fit."""
     limit, most = costs.limit, _largest_group(costs.cluster)
     for stages in _choices(wanted.stages, wanted.devices):
+        if wanted.devices % stages:
+            continue
         rest = wanted.devices // stages
         for mesh in _meshes(wanted, rest, most):
             groups = rest // mesh.devices

@@ -1,0 +1,183 @@
+"""plan(stages=...): the same numbers, a plan that can be read and kept, and clear refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from pipeline_models import MODELS, filled, worst
+
+import autoshard
+from autoshard.pipelined import PipelinedPlan
+from passes.ir.mesh import MeshError
+from passes.ir.plan import PlanError
+from passes.microbatch_loop import NoTimeLoop
+from passes.pipeline.schedule import ScheduleError
+from passes.search import NoFeasiblePlan
+from passes.stages import NoStages
+
+ON = {"cluster": "h100:8"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_a_hurry() -> Iterator[None]:
+    """These programs run once: XLA need not make them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@cache
+def case(name: str) -> tuple[Callable[..., Any], Any, list[Any]]:
+    fn, shapes = MODELS[name]()
+    args = filled(shapes)
+    return fn, args, jax.tree.leaves(jax.jit(fn)(*args))
+
+
+def small(layers: int = 4, batch: int = 16) -> Any:
+    return zoo.gpt(width=64, layers=layers, heads=4, sequence=32, batch=batch, vocab=128, scan=True)
+
+
+def pipelined(fn: Any, *args: Any, **options: Any) -> PipelinedPlan:
+    plan = autoshard.plan(fn, *args, **{**ON, **options})
+    assert isinstance(plan, PipelinedPlan)
+    return plan
+
+
+FORMS = {
+    "1F1B": {"stage": 2, "data": 2, "model": 2},
+    "interleaved 1F1B": {"stage": 2, "data": 2, "model": 2},
+    "ZB-H1": {"stage": 4, "data": 1, "model": 2},
+    "ZB-V": {"stage": 2, "data": 1, "model": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", FORMS)
+@pytest.mark.parametrize("model", ["gpt_scan_remat", "gpt", "encoder_decoder"])
+def test_numbers_with_sharding_inside_the_stages(model: str, schedule: str) -> None:
+    """Megatron's split inside a stage, so that something is split in models as small as these."""
+    fn, args, want = case(model)
+    mesh = FORMS[schedule]
+    plan = pipelined(
+        fn, *args, stages=mesh["stage"], mesh=mesh, microbatches=4, schedule=schedule, solver="tp"
+    )
+    assert any(op.strategy for op in plan.ops)
+    got = plan.compile()(*args)
+    assert worst(jax.tree.leaves(got), want) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_next_step_takes_the_results_of_the_last() -> None:
+    """Stacked weights stay with their stages: nothing is put together in between."""
+    fn, args, _ = case("gpt_scan")
+    plan = pipelined(fn, *args, stages=2, mesh={"stage": 2, "data": 2, "model": 2}, microbatches=4)
+    run, plain = plan.compile(), jax.jit(fn)
+    state, want = args[0], args[0]
+    outs = jax.eval_shape(fn, *args)
+    assert jax.tree.structure(outs[0]) == jax.tree.structure(args[0])
+    for _ in range(3):
+        state, value = run(state, *args[1:])
+        want, expected = plain(want, *args[1:])
+        assert float(value) == pytest.approx(float(expected), rel=1e-4)
+    assert worst(jax.tree.leaves(state), jax.tree.leaves(want)) < 1e-3
+    stacked = [x for x in jax.tree.leaves(state) if x.ndim == 3 and x.shape[0] == 6]
+    assert stacked
+    assert all(x.sharding.spec[0] == "stage" for x in stacked)
+
+
+def test_a_plan_reads_and_is_kept() -> None:
+    fn, args = small()
+    plan = pipelined(fn, *args, stages=2, microbatches=4, schedule="1f1b")
+    text = str(plan)
+    assert "1F1B, 4 microbatches" in text
+    assert "device 0 |F" in text
+    assert max(map(len, text.splitlines())) <= 100
+    read = autoshard.Plan.from_json(plan.to_json())
+    assert isinstance(read, PipelinedPlan)
+    assert str(read) == text
+    assert read.to_json() == plan.to_json()
+    with pytest.raises(PlanError, match="needs the function"):
+        read.compile()
+    bound = read.bind(fn, *args)
+    assert len(bound.layouts()) == 2
+    other, shapes = small(layers=6)
+    with pytest.raises(PlanError, match="is not what was planned"):
+        read.bind(other, *shapes)
+
+
+def test_the_search_takes_the_fastest() -> None:
+    fn, args = small()
+    best = pipelined(fn, *args, stages="auto")
+    times = [a.cost.step_time for a in best.alternatives if a.cost]
+    assert times == sorted(times)
+    assert best.cost.step_time <= times[0]
+    fixed = pipelined(fn, *args, stages=2, microbatches=4, schedule="GPipe")
+    assert best.cost.step_time <= fixed.cost.step_time
+
+
+def test_the_timeline_is_the_step() -> None:
+    fn, args = small()
+    plan = pipelined(fn, *args, stages=4, microbatches=4, schedule="ZB-H1")
+    last = max(row.end for row in plan.timeline.rows)
+    assert last <= plan.cost.step_time <= last + max(plan.data.tails) + 1e-12
+    assert plan.data.apart
+    assert plan.cost.peak_memory == max(plan.data.memory)
+
+
+def test_gradients_are_summed_over_groups_once() -> None:
+    """More microbatches need no more of it."""
+    fn, args = small(batch=64)
+    mesh = {"stage": 2, "data": 4, "model": 1}
+    few, many = (
+        pipelined(fn, *args, stages=2, mesh=mesh, microbatches=m, schedule="1F1B") for m in (2, 16)
+    )
+    assert max(few.data.tails) == pytest.approx(max(many.data.tails), rel=0.01)
+
+
+BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "more stages than layers": (NoStages, "4 at most", {"stages": 8}),
+    "stages that do not divide": (NoStages, "can not share 8 devices evenly; 2 can", {"stages": 3}),
+    "microbatches": (NoTimeLoop, "nearest number that divides it is 4", {"microbatches": 5}),
+    "memory": (NoFeasiblePlan, "MiB|KiB", {"memory_limit": "300KiB"}),
+    "no schedule": (ScheduleError, "no schedule is called 'zb-h9'", {"schedule": "zb-h9"}),
+    "not a multiple": (
+        ScheduleError,
+        "multiple of 2 microbatches",
+        {"stages": 2, "schedule": "interleaved 1F1B", "microbatches": 1},
+    ),
+    "no number": (ValueError, "stages is a whole number", {"stages": 0}),
+    "two numbers of stages": (MeshError, "axis stage=4", {"mesh": {"stage": 4, "data": 2}}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_can_not_be_is_refused_in_words(what: str) -> None:
+    fn, args = small()
+    kind, words, options = BAD[what]
+    with pytest.raises(kind, match=words):
+        pipelined(fn, *args, **{"stages": 2, **options})
+
+
+def test_a_function_without_a_batch() -> None:
+    def step(w: Any) -> Any:
+        return jnp.tanh(w @ w).sum()
+
+    with pytest.raises(NoTimeLoop, match="no batch dimension|nothing of step can run"):
+        pipelined(step, np.ones((8, 8), np.float32), stages=2)
+
+
+def test_what_a_pipeline_does_not_have_says_so() -> None:
+    fn, args = small()
+    plan = pipelined(fn, *args, stages=2, microbatches=4)
+    for ask in (lambda: plan.lower(), lambda: plan.in_shardings, lambda: plan.verify()):
+        with pytest.raises(PlanError):
+            ask()
+    with pytest.raises(ValueError, match="give stages too"):
+        autoshard.plan(fn, *args, cluster="h100:8", schedule="1F1B")
