@@ -24,7 +24,6 @@ from autoshard.cli_errors import Failure, failure
 from autoshard.cli_options import Debug, Donate, Hints, Limit, OnCluster, OnMesh, Solver, Target
 from autoshard.cli_target import TargetError, load
 from autoshard.progress import progress
-from autoshard.report import head
 
 if TYPE_CHECKING:
     from autoshard.api import Plan
@@ -139,6 +138,9 @@ def run_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    stages: cli_options.InStages = None,
+    schedule: cli_options.OfSchedule = None,
+    chunks: cli_options.OfChunks = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     tolerance: Annotated[
@@ -174,9 +176,10 @@ def run_command(
             memory_limit=memory_limit,
             solver=solver,
             microbatches=cli_options.as_number(microbatches),
+            **cli_options.Staged(stages, schedule, chunks).options(),
             progress=tell,
         )
-    show("\n".join(head(found.data)) + "\n")
+    show(found.headline() + "\n")
     with progress("running") as tell:
         tell("compiling")
         compared = same_numbers.compare(
@@ -193,12 +196,15 @@ def compare_command(
     cluster: OnCluster = None,
     mesh: OnMesh = None,
     hint: Hints = None,
+    stages: cli_options.InStages = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     debug: Debug = False,
 ) -> int:
-    """Show the search beside every baseline."""
+    """Show the search beside every baseline; with --stages, beside expert pipelines."""
     del debug
+    if stages is not None:
+        return _compare_pipelines(target, cluster, mesh, hint, stages, memory_limit, donate)
     found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate, None)
     from passes.search import SOLVERS
 
@@ -441,6 +447,34 @@ def _plan(
             **stages.options(),
             progress=tell,
         )
+
+
+def _compare_pipelines(
+    target: str,
+    cluster: str | None,
+    mesh: str | None,
+    hint: list[str] | None,
+    stages: str,
+    memory_limit: str | None,
+    donate: list[int] | None,
+) -> int:
+    """The best pipeline beside those that experts would take."""
+    from autoshard.api import plan
+    from autoshard.pipeline_comparison import as_text, beside
+
+    fn, args = load(target)
+    common: dict[str, Any] = {
+        "cluster": cluster,
+        "hints": _hints(hint),
+        "memory_limit": memory_limit,
+    }
+    common["donate_argnums"] = tuple(donate or ())
+    with progress("planning") as tell:
+        asked = cli_options.as_number(stages) or "auto"
+        found = plan(fn, *args, **common, mesh=_mesh(mesh), stages=asked, progress=tell)
+        rows = beside(found, lambda **other: plan(fn, *args, **common, **other), asked, tell)
+    show(as_text(rows))
+    return 0
 
 
 def _check_writable(file: Path) -> None:

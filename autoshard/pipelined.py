@@ -2,7 +2,7 @@
 
 It is used as a Plan is: printed, kept as JSON, compiled. Its program is not one but many: each task
 of each stage is compiled for the stage's devices, and one controller starts them along the table of
-the schedule (`autoshard.controller`).
+the schedule (`autoshard.controller`); over several processes it is one (`autoshard.spmd_pipeline`).
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from typing import Any
 
 import jax
 
-from autoshard.api import Plan
+from autoshard.bound_plan import Plan
 from autoshard.controller import Controller
 from autoshard.cut_program import CutProgram, cut_program
+from autoshard.in_stages import Staged
 from autoshard.mesh import device_mesh
 from autoshard.pipeline_data import schedule_of, timeline_of
+from autoshard.spmd_pipeline import SpmdPipeline
 from autoshard.stage_layout import StageLayout, planned_layout
 from autoshard.stage_prices import traced_stage
 from autoshard.stage_step import stage_step
 from autoshard.state import state_pairs
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
-from passes.ir.pipeline_plan import PipelinePlan
+from passes.ir.pipeline_plan import MARK, PipelinePlan
 from passes.ir.plan import PlanError
+from passes.pipeline.schedule import Schedule
 from passes.pipeline.timeline import Timeline
 
+OUTER = ("stage", "data")  # axes of the mesh that lie outside of a group
 _NO_SPECS = (
     "in a pipeline each array lies with the stages that use it, so that one PartitionSpec does not "
     "say where: plan.stages are the plans of the pieces"
@@ -120,7 +124,9 @@ class PipelinedPlan(Plan):
 
     @property
     def lowering(self) -> str:
-        """How it is run, in words."""
+        """How `compile` runs it here, in words."""
+        if jax.process_count() > 1:
+            return "one program for all devices, of ticks that follow the table of the schedule"
         return (
             "one program for each task of each stage, started by a single controller along the "
             f"table of {self.data.table.name}"
@@ -137,6 +143,11 @@ class PipelinedPlan(Plan):
         """Read a plan; with the function and its arguments, bind it to them. Raises PlanError."""
         read = PipelinedPlan(PipelinePlan.from_json(text))
         return read if fn is None else read.bind(fn, *args, **kwargs)
+
+    @classmethod
+    def reads(cls, text: str) -> bool:
+        """Whether text is the plan of a pipeline."""
+        return MARK in str(text)
 
     def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> PipelinedPlan:
         """The same plan for this function, which must be the one it was made for (PlanError)."""
@@ -183,33 +194,55 @@ class PipelinedPlan(Plan):
     ) -> Callable[..., Any]:
         """The function over the stages: takes and returns what fn does.
 
-        devices: those that jax has when omitted. Programs are compiled when they first run.
-        Raises DevicesError when there are too few.
+        devices: those that jax has when omitted. Programs are compiled when they first run. Where
+        jax runs in several processes, which no single controller reaches, it is one program for all
+        devices (`autoshard.spmd_pipeline`), for stages that shard nothing inside.
+
+        Raises DevicesError when there are too few; PlanError and NoSpmdPipeline for what one
+        program can not be.
         """
         layouts, staged = self.layouts(), self._bound_cut("compile").staged
         if isinstance(devices, jax.sharding.Mesh):
             devices = list(devices.devices.flat)
         names, sizes = zip(*self.data.axes, strict=True)
         grid = device_mesh(Mesh(names, sizes), devices).devices
-        controller = Controller(
-            staged.traced,
-            staged.loop,
-            staged.stages,
-            schedule_of(self.data.table),
-            [list(own.flat) for own in grid],
-            layouts,
-        )
-        traced = staged.traced
+        schedule, traced = schedule_of(self.data.table), staged.traced
+        if jax.process_count() > 1:
+            run = self._as_one_program(staged, schedule, grid)
+        else:
+            each = [list(own.flat) for own in grid]
+            run = Controller(traced, staged.loop, staged.stages, schedule, each, layouts)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             flat, tree = jax.tree.flatten((args, kwargs))
             if tree != traced.in_tree:
                 raise TypeError(f"{self.data.name} was planned for arguments of another structure")
-            return jax.tree.unflatten(traced.out_tree, controller(*flat))
+            return jax.tree.unflatten(traced.out_tree, run(*flat))
 
         call.__name__ = call.__qualname__ = self.data.name
-        call.controller = controller  # type: ignore[attr-defined]
+        call.run = run  # type: ignore[attr-defined]
         return call
+
+    def _as_one_program(
+        self, staged: Staged, schedule: Schedule, grid: Any
+    ) -> Callable[..., list[Any]]:
+        """The pipeline as one program over all processes."""
+        if self.data.mesh_axes.devices > 1:
+            inside = " ".join(f"{n}={s}" for n, s in self.data.mesh)
+            raise PlanError(
+                f"this plan shards stages over {inside}, and jax runs in {jax.process_count()} "
+                "processes: one program for all of them shards nothing inside a stage. Plan with "
+                "mesh={'stage': ..., 'data': ...}"
+            )
+        mesh = jax.sharding.Mesh(grid.reshape(grid.shape[:2]), OUTER)
+        whole = SpmdPipeline(staged.traced, staged.loop, staged.stages, schedule, mesh)
+        compiled = jax.jit(whole, in_shardings=whole.shardings)
+
+        def run(*flat: Any) -> list[Any]:
+            placed = [jax.device_put(x, s) for x, s in zip(flat, whole.shardings, strict=True)]
+            return list(compiled(*placed))
+
+        return run
 
     def explain(self, glob: str) -> str:
         """Of each different piece, why the values that a glob names are sharded so."""
@@ -220,6 +253,12 @@ class PipelinedPlan(Plan):
             where = [str(i) for i, p in enumerate(self.data.pieces) if p.plan == k]
             out.append(f"piece {', '.join(where)}\n{explain(plan, None, glob)}")
         return "\n\n".join(out)
+
+    def headline(self) -> str:
+        """The beginning of the print-out: mesh, schedule, step time and memory."""
+        from autoshard.report_pipeline import head
+
+        return "\n".join(head(self.data, self.timeline))
 
     def __str__(self) -> str:
         from autoshard.report_pipeline import report

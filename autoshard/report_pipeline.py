@@ -23,7 +23,7 @@ def report(plan: PipelinePlan) -> str:
     """The plan on one screen; the same plan gives the same text."""
     timeline = timeline_of(plan)
     sections = (
-        _head(plan, timeline),
+        head(plan, timeline),
         _pieces(plan),
         _timeline(timeline),
         _lost(plan),
@@ -32,7 +32,8 @@ def report(plan: PipelinePlan) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
-def _head(plan: PipelinePlan, timeline: Timeline) -> list[str]:
+def head(plan: PipelinePlan, timeline: Timeline) -> list[str]:
+    """Cluster, mesh, schedule, step time, memory."""
     cost, chip = plan.cost, plan.cluster["chip"]
     name = f"{plan.cluster['name']}:{'x'.join(map(str, plan.cluster['shape']))}"
     step = bar([max(timeline.busy)], cost.step_time, "#")
@@ -47,8 +48,7 @@ def _head(plan: PipelinePlan, timeline: Timeline) -> list[str]:
         (
             "step",
             f"{format_seconds(cost.step_time):>8}  {step}  "
-            f"{format_seconds(max(timeline.busy))} at work (#) on the busiest device, bubble "
-            f"{timeline.bubble:.1%}",
+            f"{format_seconds(max(timeline.busy))} at work (#), bubble {timeline.bubble:.1%}",
         ),
         ("update", f"{format_seconds(max(plan.tails))} after the last task: gradients and weights"),
         (
@@ -58,7 +58,7 @@ def _head(plan: PipelinePlan, timeline: Timeline) -> list[str]:
             "the fullest device",
         ),
         ("work", f"{format_flops(cost.flops)} on each device, {format_flops(rate)}/s"),
-        ("runs as", "a program for each task, started by a single controller"),
+        ("runs as", "a program for each task, one controller; one program on several hosts"),
     ]
     return [plan.name, *columns(lines, "ll", "  ")]
 

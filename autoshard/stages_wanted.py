@@ -11,7 +11,7 @@ from autoshard.microbatches import batch_sizes
 from autoshard.pipeline_costs import PipelineCosts
 from autoshard.pipeline_data import as_plan
 from autoshard.pipeline_search import Wanted, search_pipelines
-from autoshard.pipelined import PipelinedPlan
+from autoshard.pipelined import OUTER, PipelinedPlan
 from autoshard.scan_pieces import layers_of
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
@@ -22,7 +22,6 @@ from passes.microbatch_loop import NoTimeLoop
 from passes.pipeline.published import published
 from passes.search import Progress
 
-OUTER = ("stage", "data")  # axes of a pipeline's mesh that lie outside of a group
 _MANY = 10**6
 
 

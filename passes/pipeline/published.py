@@ -200,7 +200,8 @@ def timeline_of(name: str, setting: OfPieces) -> Timeline:
     """A schedule of that name with the costs of its pieces; ScheduleError where there is none."""
     made = _called(name).make(setting)
     if isinstance(made, Best):
-        return made.timeline
+        schedule = replace(made.timeline.schedule, name=published(name).name)
+        return replace(made.timeline, schedule=schedule)
     return simulate(made, setting.costs(made.pieces // made.devices))
 
 

@@ -169,7 +169,7 @@ def test_a_function_without_a_batch() -> None:
     def step(w: Any) -> Any:
         return jnp.tanh(w @ w).sum()
 
-    with pytest.raises(NoTimeLoop, match="no batch dimension|nothing of step can run"):
+    with pytest.raises(NoTimeLoop, match=r"no batch dimension|nothing of step can run"):
         pipelined(step, np.ones((8, 8), np.float32), stages=2)
 
 
