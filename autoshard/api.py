@@ -23,9 +23,11 @@ from cost_models.cluster import cluster as read_cluster
 from cost_models.units import parse_bytes
 from passes.hints import hints_for
 from passes.ir.mesh import Mesh
-from passes.search import SOLVERS, Progress, search
+from passes.microbatch_loop import NoTimeLoop
+from passes.search import SOLVERS, NoFeasiblePlan, Progress, search
 
 Hints = Mapping[str, Any]
+_FEW = 64  # devices on which one program for all of them is searched beside pipelines
 
 
 def plan(
@@ -55,7 +57,8 @@ def plan(
     accumulation: the same numbers in less memory); "auto" for the fastest number that fits.
 
     stages: into how many stages of a pipeline fn is cut, or "auto" for the fastest number; the
-    answer is then a PipelinedPlan. Of a pipeline, microbatches (None: the fastest number) are those
+    answer is then a PipelinedPlan, but for "auto" on up to 64 devices where one program for all of
+    them is faster. Of a pipeline, microbatches (None: the fastest number) are those
     of each data-parallel group, mesh may name its axes `stage` and `data` besides those that a
     group shards over, schedule is a name such as "1F1B" or "ZB-V", and chunks are pieces of the
     model per stage where a schedule leaves that open. A parallelized fn brings its own hints,
@@ -126,7 +129,11 @@ def _plan(
     hardware = _cluster(wishes.cluster)
     if wishes.stages is not None:
         with _no_collector():
-            return _pipelined(fn, args, kwargs, jit_options, hardware, wishes)
+            found = _pipelined(fn, args, kwargs, jit_options, hardware, wishes)
+        alone = wishes.stages == "auto" and wishes.schedule is None and wishes.mesh is None
+        if not alone or hardware.devices > _FEW:
+            return found
+        return _faster(found, partial(_plan, fn, args, kwargs, jit_options), wishes)
     for name in ("schedule", "chunks"):
         if getattr(wishes, name) is not None:
             raise ValueError(f"{name} is of a pipeline: give stages too, a number or 'auto'")
@@ -142,6 +149,15 @@ def _plan(
             sizes = batch_sizes(traced)
             return fastest(in_parts, lambda p: p.cost.step_time, sizes, wishes.progress)
         return in_parts(microbatches)
+
+
+def _faster(found: Plan, ask: Callable[[_Wishes], Plan], wishes: _Wishes) -> Plan:
+    """The pipeline that was found, or one program for all devices where that is faster."""
+    try:
+        whole = ask(dataclasses.replace(wishes, stages=None, chunks=None))
+    except (NoFeasiblePlan, NoTimeLoop):
+        return found
+    return whole if whole.cost.step_time < found.cost.step_time else found
 
 
 def _pipelined(

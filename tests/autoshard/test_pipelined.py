@@ -114,12 +114,20 @@ def test_a_plan_reads_and_is_kept() -> None:
 
 def test_the_search_takes_the_fastest() -> None:
     fn, args = small()
-    best = pipelined(fn, *args, stages="auto")
+    best = pipelined(fn, *args, stages=2)
     times = [a.cost.step_time for a in best.alternatives if a.cost]
     assert times == sorted(times)
     assert best.cost.step_time <= times[0]
     fixed = pipelined(fn, *args, stages=2, microbatches=4, schedule="GPipe")
     assert best.cost.step_time <= fixed.cost.step_time
+
+
+def test_one_program_for_all_devices_may_be_faster() -> None:
+    fn, args = small()
+    whole, best = (autoshard.plan(fn, *args, cluster="h100:8", stages=s) for s in (None, "auto"))
+    assert best.cost.step_time <= whole.cost.step_time
+    slow = {"cluster": "h100:8x1", "memory_limit": "8MiB"}
+    assert autoshard.plan(fn, *args, **slow, stages="auto").cost.peak_memory <= 8 * 2**20
 
 
 def test_the_timeline_is_the_step() -> None:
