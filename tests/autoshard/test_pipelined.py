@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -124,10 +124,9 @@ def test_the_search_takes_the_fastest() -> None:
 
 def test_one_program_for_all_devices_may_be_faster() -> None:
     fn, args = small()
-    whole, best = (autoshard.plan(fn, *args, cluster="h100:8", stages=s) for s in (None, "auto"))
+    ask = partial(autoshard.plan, fn, *args, cluster="h100:2", microbatches=2)
+    whole, best = ask(), ask(stages="auto")
     assert best.cost.step_time <= whole.cost.step_time
-    slow = {"cluster": "h100:8x1", "memory_limit": "8MiB"}
-    assert autoshard.plan(fn, *args, **slow, stages="auto").cost.peak_memory <= 8 * 2**20
 
 
 def test_the_timeline_is_the_step() -> None:

@@ -25,6 +25,7 @@ jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]), initialization_time
 
 import jax.numpy as jnp
 import numpy as np
+import autoshard
 from autoshard.in_stages import in_stages
 from autoshard.spmd_pipeline import SpmdPipeline
 from passes.pipeline import generators
@@ -54,7 +55,15 @@ program = jax.jit(run, out_shardings=jax.NamedSharding(mesh, jax.P()))
 for _ in range(2):
     got = [np.asarray(x.addressable_data(0)) for x in program(*placed)]
 want = [np.asarray(x) for x in jax.tree.leaves(jax.jit(step)(params, batch))]
+
+plan = autoshard.plan(step, params, batch, cluster="cpu:8", stages=4, microbatches=4,
+                      mesh={"stage": 4, "data": 2}, schedule="ZB-H1")
+whole = jax.jit(lambda *xs: xs, out_shardings=jax.NamedSharding(mesh, jax.P()))
+planned = whole(*jax.tree.leaves(plan.compile()(params, batch)))
+planned = [np.asarray(x.addressable_data(0)) for x in planned]
 print(json.dumps({
+    "planned": max(float(np.abs(a - b).max()) for a, b in zip(planned, want, strict=True)),
+    "lowering": plan.lowering,
     "here": [jax.local_device_count(), jax.device_count()],
     "stages": sorted({int(mesh.devices.tolist().index(row)) for row in mesh.devices.tolist()
                       if row[0].process_index == jax.process_index()}),
@@ -102,3 +111,5 @@ def test_two_processes_with_two_stages_each() -> None:
     assert first["loss"] == second["loss"]
     assert max(first["worst"], second["worst"]) < 1e-6
     assert first["moved"] > 0.01
+    assert max(first["planned"], second["planned"]) < 1e-6
+    assert first["lowering"].startswith("one program for all devices")
