@@ -173,8 +173,9 @@ def _microbatches(wanted: Wanted, groups: int, stages: int) -> list[int]:
 def _schedules(wanted: Wanted, stages: int, microbatches: int) -> Iterator[tuple[str, int]]:
     """Names of schedules with their chunks."""
     if wanted.schedule is not None:
-        pieces = published(wanted.schedule).pieces
-        default = 2 if pieces is None else pieces
+        asked = published(wanted.schedule)
+        pieces = asked.pieces
+        default = 2 if pieces is None else pieces // asked.ways
         yield wanted.schedule, (wanted.chunks or default) if pieces is None else default
         return
     chunks = [wanted.chunks] if wanted.chunks else [1, *_CHUNKS]

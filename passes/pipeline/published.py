@@ -126,13 +126,14 @@ class OfPieces:
 class Published:
     """A generator by its name. pieces: per device; none for as many as the setting's chunks.
 
-    apart: whether B and W are tasks of their own.
+    apart: whether B and W are tasks of their own. ways: in how many directions microbatches go.
     """
 
     name: str
     make: Callable[[Setting | OfPieces], Schedule | Best]
     pieces: int | None = 1
     apart: bool = True
+    ways: int = 1
 
 
 def _best(setting: Setting | OfPieces) -> Best:
@@ -165,8 +166,8 @@ PUBLISHED = (
     Published("V-Min", lambda s: vee.v_min(s.devices, s.microbatches), 2),
     Published("V-Half", lambda s: vee.v_half(s.devices, s.microbatches), 2),
     Published("ZB-V", lambda s: vee.zb_v(s.devices, s.microbatches, s.costs(2)), 2),
-    Published("DualPipe", lambda s: both_ways.dualpipe(s.devices, s.microbatches), 2),
-    Published("BitPipe", lambda s: both_ways.bitpipe(s.devices, s.microbatches), 4),
+    Published("DualPipe", lambda s: both_ways.dualpipe(s.devices, s.microbatches), 2, ways=2),
+    Published("BitPipe", lambda s: both_ways.bitpipe(s.devices, s.microbatches), 4, ways=2),
     Published(
         "PipeOffload",
         lambda s: offload.pipe_offload(s.devices, s.microbatches, s.chunks, s.costs(s.chunks)),
