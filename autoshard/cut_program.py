@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoshard.after_stages import Group, update_groups
-from autoshard.in_stages import Staged, in_stages
+from autoshard.in_stages import Staged, Weigh, flops_of, in_stages
 from autoshard.stage_programs import StagePrograms, stage_programs
 from autoshard.state import state_pairs
 from autoshard.time_loop import Program
@@ -38,12 +38,15 @@ def cut_program(
     steps: int,
     pieces: int,
     apart: bool,
+    weigh: Weigh = flops_of,
 ) -> CutProgram:
-    """A function in so many steps and pieces. apart: as of `in_stages`.
+    """A function in so many steps and pieces. apart, weigh: as of `in_stages`.
 
     Raises NoTimeLoop and NoStages.
     """
-    staged = in_stages(fn, args, kwargs, options, microbatches=steps, count=pieces, apart=apart)
+    staged = in_stages(
+        fn, args, kwargs, options, microbatches=steps, count=pieces, apart=apart, weigh=weigh
+    )
     program = Program(staged.traced, staged.loop)
     made = stage_programs(program, staged.stages)
     homes = {p: t.stage for t in made.tasks.values() for p in (*t.outs, *t.sums)}

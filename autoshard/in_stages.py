@@ -7,7 +7,7 @@ into stages (`passes.stages`), which `autoshard.controller` runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,17 @@ from autoshard.microbatches import batch_of
 from autoshard.scan_apart import weights_apart
 from autoshard.scan_pieces import in_pieces
 from autoshard.trace import Traced, trace
+from passes.ir.graph import Graph
 from passes.microbatch_loop import microbatch_loop
 from passes.stages import Stages, stages_of
 from passes.time_loop import TimeLoop
+
+Weigh = Callable[[Graph], Sequence[float]]
+
+
+def flops_of(graph: Graph) -> Sequence[float]:
+    """FLOPs of each operation."""
+    return [op.rule.flops * graph.trips(op.region) for op in graph.ops]
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,12 @@ def in_stages(
     microbatches: int,
     count: int,
     apart: bool = True,
+    weigh: Weigh = flops_of,
 ) -> Staged:
     """A function in so many stages and microbatches. options: those of `jax.jit`.
 
     apart: whether the gradients of weights are tasks of their own; else all that is backward is B.
+    weigh: how much each operation of a graph takes, by which stages are made even.
     Raises NoTimeLoop and NoStages.
     """
 
@@ -60,9 +70,9 @@ def in_stages(
         return microbatch_loop(traced.graph, batch_of(traced), microbatches, traced.deciders)
 
     traced = trace(fn, *args, **options, **kwargs)
-    traced = again(fn, traced, in_pieces(traced, count))
+    traced = again(fn, traced, in_pieces(traced, count, weigh(traced.graph)))
     if apart:
         traced = again(fn, traced, weights_apart(traced, loop_of(traced)))
     loop = loop_of(traced)
-    stages = stages_of(loop, traced.backward, count)
+    stages = stages_of(loop, traced.backward, count, weigh(loop.graph))
     return Staged(traced, loop, stages if apart else stages.joined())

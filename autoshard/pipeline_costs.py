@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from autoshard.alike_pieces import form_of
@@ -26,6 +26,7 @@ from cost_models.collectives import seconds
 from cost_models.topology import AxisLink, lay
 from cost_models.units import format_bytes
 from passes.ir.mesh import Mesh
+from passes.op_seconds import op_seconds
 from passes.pipeline.published import OfPieces, timeline_of
 from passes.pipeline.stage_costs import StageCosts
 from passes.pipeline.timeline import Timeline
@@ -113,6 +114,7 @@ class PipelineCosts:
         self.call = fn, args, kwargs, options
         self.cluster, self.limit, self.hints = cluster, limit, dict(hints or {})
         self.fused_attention, self.solver = fused_attention, solver
+        self.weigh = partial(op_seconds, cluster=cluster, fused_attention=fused_attention)
         self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
         self.planned: dict[Any, StagePrice] = {}
         self.least: tuple[float, str] | None = (
@@ -125,7 +127,14 @@ class PipelineCosts:
         if key not in self.cuts:
             fn, args, kwargs, options = self.call
             self.cuts[key] = cut_program(
-                fn, args, kwargs, options, steps=form.steps, pieces=form.pieces, apart=form.apart
+                fn,
+                args,
+                kwargs,
+                options,
+                steps=form.steps,
+                pieces=form.pieces,
+                apart=form.apart,
+                weigh=self.weigh,
             )
         return self.cuts[key]
 

@@ -8,6 +8,7 @@ the schedule (`autoshard.controller`); over several processes it is one (`autosh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,10 +24,12 @@ from autoshard.stage_layout import StageLayout, planned_layout
 from autoshard.stage_prices import traced_stage
 from autoshard.stage_step import stage_step
 from autoshard.state import state_pairs
+from cost_models.cluster import Cluster
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
 from passes.ir.pipeline_plan import MARK, PipelinePlan
 from passes.ir.plan import PlanError
+from passes.op_seconds import op_seconds
 from passes.pipeline.schedule import Schedule
 from passes.pipeline.timeline import Timeline
 
@@ -160,6 +163,11 @@ class PipelinedPlan(Plan):
             steps=data.microbatches * data.groups,
             pieces=len(data.pieces),
             apart=data.apart,
+            weigh=partial(
+                op_seconds,
+                cluster=Cluster.from_dict(data.cluster),
+                fused_attention=data.fused_attention,
+            ),
         )
         bound = PipelinedPlan(data, cut)
         bound.layouts()

@@ -23,14 +23,14 @@ from autoshard.trace import INLINED, Path, Traced
 from passes.ir.graph import Graph, Op
 
 
-def in_pieces(traced: Traced, count: int) -> Callable[..., list[Any]]:
+def in_pieces(traced: Traced, count: int, weights: Sequence[float]) -> Callable[..., list[Any]]:
     """The function over flat arguments with its scans over layers in so many pieces.
 
-    As it is where no scan is as long.
+    As it is where no scan is as long. weights: how much each operation takes.
     """
     length = layers_of(traced)
     jaxpr, consts = open_jaxpr(traced.jaxpr)
-    at = bounds(length, count, *_beside(traced, length))
+    at = bounds(length, count, *_beside(traced, length, weights))
     ops = {op.path: op for op in traced.graph.ops}
 
     def run(*flat: Any) -> list[Any]:
@@ -79,20 +79,21 @@ def bounds(length: int, count: int, first: float = 0.0, last: float = 0.0) -> tu
     return tuple(dict.fromkeys((0, *ends)))
 
 
-def _beside(traced: Traced, length: int) -> tuple[float, float]:
-    """FLOPs, in layers, of what comes before and after the one scan over layers."""
+def _beside(traced: Traced, length: int, weights: Sequence[float]) -> tuple[float, float]:
+    """What comes before and after the one scan over layers takes, in layers."""
     graph = traced.graph
     outer = [_outermost(graph, op.region) for op in graph.ops]
     scans = list(dict.fromkeys(r for r in outer if r and graph.regions[r].trips == length))
     if not 1 <= len(scans) <= 2:  # a forward one, and its gradient
         return 0.0, 0.0
-    flops = [op.rule.flops * graph.trips(op.region) for op in graph.ops]
-    inside = sum(f for f, r in zip(flops, outer, strict=True) if r in scans)
+    inside = sum(w for w, r in zip(weights, outer, strict=True) if r in scans)
+    if not inside:
+        return 0.0, 0.0
     middle = range(graph.regions[scans[0]].end, graph.regions[scans[-1]].begin)
     if len(scans) == 1:
         middle = range(graph.regions[scans[0]].end, len(graph.ops))
-    last = sum(flops[k] for k in middle if outer[k] not in scans)
-    first = sum(flops) - inside - last
+    last = sum(weights[k] for k in middle if outer[k] not in scans)
+    first = sum(weights[: graph.regions[scans[0]].begin])
     return first * length / inside, last * length / inside
 
 

@@ -1,9 +1,10 @@
 """Which device of a pipeline does what?  `stages_of(loop, backward, count) -> Stages`.
 
 The loop over microbatches is cut into stages. Its forward equations are cut in program order, where
-little crosses, into runs of about as many FLOPs. What a gradient added follows the forward part
-backwards: an equation of it lies in the stage whose weights and activations it takes, never in a
-later one than the cotangents that it takes come from, so that these go down the stages only.
+little crosses, into runs that take about as much: FLOPs, or seconds where these are known. What a
+gradient added follows the forward part backwards: an equation of it lies in the stage whose weights
+and activations it takes, never in a later one than the cotangents that it takes come from, so that
+these go down the stages only.
 
 In each stage the equations are (Qi et al., arXiv 2401.10241, section 2):
 
@@ -55,14 +56,21 @@ class _Unit:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     flops: float
+    weight: float
 
 
-def stages_of(loop: TimeLoop, backward: Collection[Path], count: int) -> Stages:
+def stages_of(
+    loop: TimeLoop,
+    backward: Collection[Path],
+    count: int,
+    weights: Sequence[float] | None = None,
+) -> Stages:
     """The stages of a loop. backward: paths of equations that a gradient added.
 
+    weights: how much each operation takes, by which stages are made even; its FLOPs by default.
     Raises NoStages where there are fewer equations than stages.
     """
-    units = _units(loop)
+    units = _units(loop, weights)
     forward = [u for u in units if u.path not in backward]
     back = [u for u in units if u.path in backward]
     stage = _cut(loop, forward, back, count)
@@ -75,7 +83,7 @@ def stages_of(loop: TimeLoop, backward: Collection[Path], count: int) -> Stages:
     return Stages(count, stage, kind, tuple(flops))
 
 
-def _units(loop: TimeLoop) -> list[_Unit]:
+def _units(loop: TimeLoop, weights: Sequence[float] | None) -> list[_Unit]:
     """The equations of the loop, calls inlined."""
     graph, by_path = loop.graph, dict[Path, list[Op]]()
     for op in graph.ops:
@@ -87,7 +95,8 @@ def _units(loop: TimeLoop) -> list[_Unit]:
         made = {v for op in ops for v in op.outputs}
         inputs = tuple(dict.fromkeys(v for op in ops for v in op.inputs if v not in made))
         flops = sum(op.rule.flops * graph.trips(op.region) for op in ops)
-        out.append(_Unit(path, inputs, tuple(made), flops))
+        weight = flops if weights is None else sum(weights[op.id] for op in ops)
+        out.append(_Unit(path, inputs, tuple(made), flops, weight))
     return out
 
 
@@ -103,7 +112,7 @@ def _cut(
             f"{loop.graph.name} has {len(forward)} forward operations in its loop: too few for "
             f"{count} stages"
         )
-    done = list(itertools.accumulate(u.flops for u in forward))
+    done = list(itertools.accumulate(u.weight for u in forward))
     crossing = _crossing(forward, {v.id: v.type.nbytes for v in loop.graph.values})
     kept = {v for u in back for v in u.inputs}
     again = _crossing(forward, {v.id: int(v.id not in kept) for v in loop.graph.values})
