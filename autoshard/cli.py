@@ -246,6 +246,9 @@ def verify_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    stages: cli_options.InStages = None,
+    schedule: cli_options.OfSchedule = None,
+    chunks: cli_options.OfChunks = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     top: Annotated[
@@ -259,7 +262,8 @@ def verify_command(
     from autoshard.virtual_devices import prepare_compiler
 
     hardware = prepare_compiler(cluster)
-    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate, microbatches)
+    staged = cli_options.Staged(stages, schedule, chunks)
+    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate, microbatches, staged)
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))

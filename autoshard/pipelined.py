@@ -22,8 +22,9 @@ from autoshard.pipeline_data import schedule_of, timeline_of
 from autoshard.spmd_pipeline import SpmdPipeline
 from autoshard.stage_layout import StageLayout, planned_layout
 from autoshard.stage_prices import traced_stage
-from autoshard.stage_step import stage_step
+from autoshard.stage_step import StageStep, stage_step
 from autoshard.state import state_pairs
+from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
@@ -117,8 +118,16 @@ class PipelinedPlan(Plan):
         raise PlanError("the compiled function of a pipeline places its arguments by itself")
 
     def verify(self, devices: Any = None, *, top: int = 1, progress: Any = None) -> Any:
-        """Not yet for a pipeline: PlanError."""
-        raise PlanError("verify compiles one program, and a pipeline is many: it can not yet")
+        """Compile what each different piece does in a step, and compare; a PipelineVerification.
+
+        devices: of one group, to compile for; None for the cluster's own. Raises as Plan.verify.
+        """
+        from autoshard.pipeline_verification import verify_pieces
+
+        if top > 1:
+            raise PlanError("of a pipeline only the plan itself is compiled: leave top out")
+        traced = [own for _, own in self._pieces()]
+        return verify_pieces(self.stages, traced, devices, progress or (lambda _: None))
 
     @property
     def timeline(self) -> Timeline:
@@ -175,10 +184,8 @@ class PipelinedPlan(Plan):
 
     def layouts(self) -> tuple[StageLayout, ...]:
         """Per piece where its values lie in a group; PlanError where the plan is another's."""
-        cut, out = self._bound_cut("compile"), []
-        for k, plan in enumerate(self.stages):
-            step = stage_step(cut.made, cut.groups, k, self.data.microbatches)
-            traced = traced_stage(step, cut.names)
+        out = []
+        for k, (plan, (step, traced)) in enumerate(zip(self.stages, self._pieces(), strict=True)):
             planned, signature = map(_nameless, (plan.signature, ir.signature_of(traced.graph)))
             if planned != signature:
                 found = "; ".join(ir.differences(planned, signature))
@@ -188,6 +195,15 @@ class PipelinedPlan(Plan):
                 )
             out.append(planned_layout(step, traced, plan))
         return tuple(out)
+
+    def _pieces(self) -> list[tuple[StageStep, Traced]]:
+        """What each piece does in a step, and this traced."""
+        cut = self._bound_cut("compile")
+        steps = [
+            stage_step(cut.made, cut.groups, k, self.data.microbatches)
+            for k in range(len(self.data.pieces))
+        ]
+        return [(step, traced_stage(step, cut.names)) for step in steps]
 
     def _bound_cut(self, what: str) -> CutProgram:
         if self._cut is None:

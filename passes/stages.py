@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.ir.graph import Op
+from passes.time_axis import WHOLE
 from passes.time_loop import Path, TimeLoop, unit_path
 
 _NEAR = 0.3  # of a stage's FLOPs: as far from its even share as a cut may lie
@@ -57,6 +58,7 @@ class _Unit:
     outputs: tuple[int, ...]
     flops: float
     weight: float
+    cheap: bool  # XLA computes it inside its readers
 
 
 def stages_of(
@@ -96,7 +98,8 @@ def _units(loop: TimeLoop, weights: Sequence[float] | None) -> list[_Unit]:
         inputs = tuple(dict.fromkeys(v for op in ops for v in op.inputs if v not in made))
         flops = sum(op.rule.flops * graph.trips(op.region) for op in ops)
         weight = flops if weights is None else sum(weights[op.id] for op in ops)
-        out.append(_Unit(path, inputs, tuple(made), flops, weight))
+        cheap = all(op.rule.fuses for op in ops)
+        out.append(_Unit(path, inputs, tuple(made), flops, weight, cheap))
     return out
 
 
@@ -113,22 +116,31 @@ def _cut(
             f"{count} stages"
         )
     done = list(itertools.accumulate(u.weight for u in forward))
-    crossing = _crossing(forward, {v.id: v.type.nbytes for v in loop.graph.values})
-    kept = {v for u in back for v in u.inputs}
-    again = _crossing(forward, {v.id: int(v.id not in kept) for v in loop.graph.values})
-    cuts, share = [0], done[-1] / count
+    values, free = loop.graph.values, _anywhere(loop, forward)
+    crossing = _crossing(forward, {v.id: v.type.nbytes * (v.id not in free) for v in values})
+    kept = {v for u in back for v in u.inputs} | free
+    again = _crossing(forward, {v.id: int(v.id not in kept) for v in values})
+    cuts = [0]
     for k in range(1, count):
-        last = len(forward) - (count - k)
-        near = [
-            i
-            for i in range(cuts[-1] + 1, last + 1)
-            if abs(done[i - 1] - k * share) <= _NEAR * share
-        ] or [min(range(cuts[-1] + 1, last + 1), key=lambda i: abs(done[i - 1] - k * share))]
-        cuts.append(
-            min(near, key=lambda i: (again[i], crossing[i], abs(done[i - 1] - k * share), i))
-        )
+        before = done[cuts[-1] - 1] if cuts[-1] else 0.0
+        share = (done[-1] - before) / (count - k + 1)  # of what is left
+        far = [abs(x - before - share) for x in done]
+        free_to_cut = range(cuts[-1] + 1, len(forward) - (count - k) + 1)
+        near = [i for i in free_to_cut if far[i - 1] <= _NEAR * share]
+        near = near or [min(free_to_cut, key=lambda i: far[i - 1])]
+        cuts.append(min(near, key=lambda i: (again[i], crossing[i], far[i - 1], i)))
     bounds = [*cuts, len(forward)]
     return {u.path: s for s in range(count) for u in forward[bounds[s] : bounds[s + 1]]}
+
+
+def _anywhere(loop: TimeLoop, forward: Sequence[_Unit]) -> set[int]:
+    """Values in which nothing of the batch is, and that cost little: each stage makes its own."""
+    outside = {v.id for v in loop.graph.values if loop.views[v.id] is WHOLE}
+    free: set[int] = set()
+    for u in forward:
+        if u.cheap and all(v in free or v in outside for v in u.inputs):
+            free.update(u.outputs)
+    return free
 
 
 def _crossing(forward: Sequence[_Unit], weight: Mapping[int, int]) -> list[int]:
