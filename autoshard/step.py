@@ -82,7 +82,10 @@ class Step(Rewalk):
     def plain(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """An equation without a body."""
         if eqn.primitive.name == BARRIER:
-            return bind(eqn, operands)
+            links = [
+                self.ops.get((*path, "out", k), self.ops.get(path)) for k in range(len(operands))
+            ]
+            return bind(eqn, [self.taken(op, 0, x) for op, x in zip(links, operands, strict=True)])
         op = self.ops[path]
         taken = [self.taken(op, k, x) for k, x in enumerate(operands)]
         views = [self.loop.views[v] for v in op.outputs]

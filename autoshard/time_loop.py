@@ -20,7 +20,7 @@ from jax import lax
 from autoshard.jax_compat import Literal, at_lines_of, bind, open_jaxpr, traced_at
 from autoshard.sources import is_at_a_line
 from autoshard.step import Step, parts_of, whole_of
-from autoshard.trace import INLINED, REMAT, Path, Traced, solve_part
+from autoshard.trace import BARRIER, INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
 from passes.time_axis import LATE, PARTIAL, WHOLE, Split, View
 from passes.time_loop import TimeLoop
@@ -212,7 +212,8 @@ class Program:
         op = self.ops.get(e.path)
         if op is not None:
             return self.loop.cut.get((op.id, k))
-        link = self.ops.get((*e.path, "in", k))
+        way = "out" if e.eqn is not None and e.eqn.primitive.name == BARRIER else "in"
+        link = self.ops.get((*e.path, way, k))
         return None if link is None else self.loop.cut.get((link.id, 0))
 
     def one_step(

@@ -41,6 +41,9 @@ _SMALL = 1 << 20  # bytes that are nothing, whatever the rest is
 # Primitives whose parts are not what their primitive makes of parts of the operands.
 _PLACED = frozenset({"ragged_dot_general", "custom_linear_solve", "shard_map"})
 _RANDOM = ("random_", "rng_", "threefry")
+_BARRIER = "optimization_barrier"
+# Links through which a loop's body is reached by what wants a part of its results, or reaches it.
+_SINKS = frozenset({"loop_enter", "scan_slice", "scan_stack", _BARRIER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ class _Follow:
         self.entries = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == "loop_enter"}
         self.first_round = False
         self.carries = {out: carry for carry, out in graph.ties}  # by what the next round gets
+        self.carried = set(self.carries.values())
 
     def run(self) -> TimeLoop:
         units = list(_units(self.graph))
@@ -258,7 +262,7 @@ class _Follow:
         views = [self.views[v] for v in op.inputs]
         if op.name == "branch_join" or (op.name == "loop_next" and views[0] is WHOLE):
             return self.join(op, views, entered)
-        if op.name == "optimization_barrier":  # each result is its operand
+        if op.name == _BARRIER:  # each result is its operand
             inside = [INSIDE if view is WHOLE else view for view in views]
             self.take(op, OverTime(tuple(inside), ()))
             return LATE not in views
@@ -353,26 +357,39 @@ class _Follow:
     def sink(self, units: Sequence[_Unit]) -> None:
         """Make in the loop, part by part, what nobody needs as a whole: masks, zeros, masks' bits.
 
-        Last first, so that what they are made of follows.
+        Last first, so that what they are made of follows. What a barrier gives that nobody reads
+        is no reader: barriers over a kernel's results have all of them, wanted or not.
         """
         readers = self.graph.consumers()
         whole = {*self.graph.outputs, *self.deciders.values()}
         for unit in reversed(units):
             for op in reversed(unit.ops):
-                if self.can_sink(op) and whole.isdisjoint(op.outputs):
-                    self.sink_one(op, unit, readers)
+                if self.can_sink(op, unit) and whole.isdisjoint(op.outputs):
+                    self.sink_one(op, unit, readers, whole)
 
-    def can_sink(self, op: Op) -> bool:
-        moves = set(self.carries.values())
-        carries = op.is_link and (op.name != "loop_enter" or op.outputs[0] in moves)
-        if carries or op.effects or len(op.outputs) != 1 or op.id in self.ahead:
+    def can_sink(self, op: Op, unit: _Unit) -> bool:
+        if op.is_link and (op.name not in _SINKS or self.phases[unit.path] != "loop"):
+            return False
+        carried = op.name == "loop_enter" and op.outputs[0] in self.carried
+        if carried or op.effects or len(op.outputs) != 1 or op.id in self.ahead:
             return False
         outside = op.name in _PLACED or op.name.startswith(_RANDOM)
         return not outside and self.views[op.outputs[0]] in (WHOLE, INSIDE)
 
-    def sink_one(self, op: Op, unit: _Unit, readers: Sequence[Sequence[tuple[int, int]]]) -> None:
-        v = op.outputs[0]
-        wanted = {self.cut.get(reader) for reader in readers[v]}
+    def sink_one(
+        self,
+        op: Op,
+        unit: _Unit,
+        readers: Sequence[Sequence[tuple[int, int]]],
+        whole: Collection[int],
+    ) -> None:
+        v, unread = op.outputs[0], dict[int, int]()  # what barriers give, by operation
+        for c, k in readers[v]:
+            out = self.graph.ops[c].outputs[k] if self.graph.ops[c].name == _BARRIER else -1
+            if out >= 0 and not readers[out] and out not in whole:
+                unread[c] = out
+        live = [reader for reader in readers[v] if reader[0] not in unread]
+        wanted = {self.cut.get(reader) for reader in live}
         part = wanted.pop() if len(wanted) == 1 else None
         if part is None or (op.name == "iota" and op.params.get("dimension") == part.dim):
             return
@@ -380,8 +397,10 @@ class _Follow:
         if found is None or not self.plain(op, found, [WHOLE] * len(op.inputs)):
             return
         self.take(op, found)
-        for reader in readers[v]:
+        for reader in live:
             del self.cut[reader]
+        for out in unread.values():
+            self.views[out] = part
         if len(unit.ops) == 1 and not op.is_link:
             self.phases[unit.path] = "loop"
 

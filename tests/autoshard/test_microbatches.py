@@ -317,3 +317,41 @@ def test_lines_stay_the_users() -> None:
     made, _ = cut(fn, args, 2)
     graph = trace(made, *args).graph
     assert {op.source.split(":")[0] for op in graph.ops} == {"test_microbatches.py"}
+
+
+def dropped_layers(ws: Any, x: jax.Array, kept: bool) -> jax.Array:
+    """Layers under a scan, each with a mask that a kernel writes beside its result."""
+
+    @jax.custom_vjp
+    def together(y: jax.Array, mask: jax.Array) -> jax.Array:
+        return lax.optimization_barrier((y, mask))[0]
+
+    together.defvjp(
+        lambda y, mask: (together(y, mask), None),
+        lambda _, dy: (lax.optimization_barrier(dy), None),
+    )
+
+    def layer(x: jax.Array, given: Any) -> Any:
+        w, seed = given
+        place = lax.broadcasted_iota(jnp.uint32, x.shape, 0) * jnp.uint32(77) + seed
+        place = (place ^ lax.broadcasted_iota(jnp.uint32, x.shape, 1)) * jnp.uint32(0x9E3779B1)
+        mask = place > jnp.uint32(2**31)
+        return together(jnp.where(mask, jnp.tanh(x @ w), 0.0), mask), None
+
+    body = layer if kept else jax.checkpoint(layer)
+    return jnp.mean(lax.scan(body, x, (ws, jnp.arange(len(ws), dtype=jnp.uint32)))[0] ** 2)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_masks_of_a_kernel_are_made_part_by_part(kept: bool) -> None:
+    """Also where a barrier has them that nobody reads, and where the backward scan does."""
+    ws, x = jnp.ones((3, 6, 6)) / 7, jnp.arange(48.0).reshape(8, 6) / 48
+
+    def step(ws: jax.Array, x: jax.Array) -> Any:
+        return jax.value_and_grad(lambda w: dropped_layers(w, x, kept))(ws)
+
+    traced = trace(step, ws, x)
+    run, _ = in_microbatches(step, traced, 4, {})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), run(ws, x), step(ws, x))
+    masks = [v for v in trace(run, ws, x).graph.values if v.type.dtype == "bool" and v.shape]
+    assert {v.shape for v in masks} <= {(2, 6), (3, 2, 6)}
