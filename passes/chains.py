@@ -26,6 +26,8 @@ MOVES = frozenset(
 BARRIER = "optimization_barrier"
 # What hands a value on as it is.
 SAME = frozenset({"loop_enter", "region_enter", "region_exit", BARRIER})
+# What only says how a value lies; nothing is left of it in a compiled program.
+SAYS = frozenset({"autoshard_annotate", "sharding_constraint"})
 
 # Roots that read one value are told apart up to this many; more makes no difference.
 _MANY = 8
@@ -52,6 +54,22 @@ class Chains:
         """Whether it is computed element by element, so that readers can do it themselves."""
         return (op.rule.fuses and not op.is_link) or op.id in self.one_hot
 
+    def hands_on(self, op: Op) -> bool:
+        """Whether its result is its operand, with no kernel to make it.
+
+        What says how a value lies does so on other platforms than TPU where the value is there:
+        at the end of a chain it stands for the kernel that ends there.
+        """
+        if op.name in SAME:
+            return True
+        if op.name not in SAYS or self.tpu or self.results.intersection(op.outputs):
+            return False
+        maker = self.producers[op.inputs[0]]
+        if maker < 0:
+            return True
+        made = self.graph.ops[maker]
+        return self.hands_on(made) or not self.fuses(made)
+
     def could_be_inline(self) -> list[bool]:
         """Per value whether all its readers can compute it by themselves."""
         return [self._could(v.id) for v in self.values]
@@ -60,7 +78,7 @@ class Chains:
         if self.producers[v] < 0 or v in self.results or not self.consumers[v]:
             return False
         maker = self.graph.ops[self.producers[v]]
-        if maker.name in SAME:
+        if self.hands_on(maker):
             return True
         if not (self.fuses(maker) or maker.name == "scan_slice") or maker.effects:
             return False
@@ -74,6 +92,9 @@ class Chains:
             return op.name in ("region_exit", "scan_stack")
         if op.name == BARRIER:
             return False
+        if op.name in SAYS and self.hands_on(op):
+            readers = self.consumers[op.outputs[0]]
+            return all(self._absorbs(self.graph.ops[c], maker) for c, _ in readers)
         if op.name in PRODUCTS:
             return self.tpu or maker.name in MOVES or maker.is_link or self.clips(maker)
         # It computes the few elements that it picks: a loss's scores are not kept in float32 for

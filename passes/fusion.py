@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from passes.attention import NONE, Attention
-from passes.chains import BARRIER, MOVES, PRODUCTS, SAME, Chains, reduces
+from passes.chains import BARRIER, MOVES, PRODUCTS, Chains, reduces
 from passes.ir.graph import Graph, Op
 from passes.kernels import Behind, Kernel, Kernels, Traffic
 from passes.liveness import IN_PLACE
@@ -136,7 +136,7 @@ class _Fuser:
         )
 
     def visit(self, op: Op) -> None:
-        if op.name in SAME:
+        if self.chains.hands_on(op):
             self._hand_on(op)
         elif op.outputs and op.outputs[0] in self.again:  # a weight that was converted before
             v = op.outputs[0]

@@ -64,6 +64,25 @@ def test_elsewhere_a_product_is_a_kernel_of_its_own() -> None:
     assert kept(graph, fuse(graph, "gpu")) == ["tanh", "dot_general", "max"]
 
 
+def test_elsewhere_nothing_is_left_of_an_annotation() -> None:
+    """A compiled program has no copy of a product's result, nor of a weight, that it is about."""
+
+    def run(x: jax.Array, stack: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            y = x @ (autoshard.annotate(w, None, "model") if told else w)
+            return jnp.tanh(autoshard.annotate(y, "data", None) if told else y), None
+
+        return jax.lax.scan(layer, x, stack)[0] * 2
+
+    told = True
+    graph = trace(run, f32(64, 64), f32(3, 64, 64)).graph
+    annotated = fuse(graph, "gpu")
+    told = False
+    plain = fuse(trace(run, f32(64, 64), f32(3, 64, 64)).graph, "gpu")
+    assert moved(annotated) == moved(plain)
+    assert "autoshard_annotate" not in kept(graph, annotated)
+
+
 def test_elsewhere_no_reduction_runs_in_a_products_kernel() -> None:
     def rows(x: Any, w: Any) -> Any:
         return jnp.max(x @ w, axis=-1)
