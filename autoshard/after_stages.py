@@ -126,15 +126,24 @@ def run_group(
     """What a group gives. made: of sums those of each direction, of parts those of each microbatch;
     both by data-parallel group.
     """
+    whole = []
+    for p, x in zip(group.made, made, strict=True):
+        view = program.views[p]
+        if isinstance(view, Split):
+            whole.append(whole_of(jnp.concatenate(x), view, program.avals[p].shape))
+        else:
+            whole.append(sum(x[1:], x[0]).sum(0) if view is PARTIAL else x[-1][-1])
+    return run_whole(program, group, inputs, whole, ins)
+
+
+def run_whole(
+    program: Program, group: Group, inputs: Sequence[Any], made: Sequence[Any], ins: Sequence[Any]
+) -> list[Any]:
+    """The same, where what the loop has made is put together already."""
     env: dict[int, Any] = {**program.consts, **dict(zip(group.inputs, inputs, strict=True))}
     env.update(zip(group.ins, ins, strict=True))
     for p, x in zip(group.made, made, strict=True):
-        view, aval = program.views[p], program.avals[p]
-        if isinstance(view, Split):
-            env[p] = whole_of(jnp.concatenate(x), view, aval.shape)
-        else:
-            last = sum(x[1:], x[0]).sum(0) if view is PARTIAL else x[-1][-1]
-            env[p] = last.astype(aval.dtype)
+        env[p] = x.astype(program.avals[p].dtype)
     program.compute(env, group.equations)
     return [env[p] for p in group.outs]
 

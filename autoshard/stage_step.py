@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.after_stages import Group, run_group
+from autoshard.after_stages import Group, run_whole
 from autoshard.stage_programs import StagePrograms, TaskProgram, outside_of, run_step, sums_of
-from autoshard.step import local_shape
+from autoshard.step import local_shape, whole_of
 from autoshard.time_loop import wide
 from passes.time_axis import Split
 
@@ -143,18 +143,20 @@ def _updated(made: StagePrograms, groups: Sequence[Group], env: Any, found: Any)
     """What comes after the loop."""
     program = made.program
 
-    def all_steps(p: int) -> Any:
-        """What the loop has made, as of one group, and of parts as of all steps."""
-        steps = program.steps if isinstance(program.views[p], Split) else 1
-        return [jnp.broadcast_to(found[p], (steps, *jnp.shape(found[p])))]
+    def whole(p: int) -> Any:
+        """What the loop has made: sums as of one group, and of parts as of all steps."""
+        view, shape = program.views[p], program.avals[p].shape
+        if not isinstance(view, Split):
+            return found[p]
+        return whole_of(jnp.broadcast_to(found[p], (program.steps, *found[p].shape)), view, shape)
 
     out = []
     for group in groups:
-        outs = run_group(
+        outs = run_whole(
             program,
             group,
             [env[p] for p in group.inputs],
-            [all_steps(p) for p in group.made],
+            [whole(p) for p in group.made],
             [found[p] for p in group.ins],
         )
         found = {**found, **dict(zip(group.outs, outs, strict=True))}
