@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 import autoshard
 
@@ -44,6 +45,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "scale": ("width",),
     "bias": ("width",),
 }
+ROWS = "rows"  # names what layer norm keeps of each row
 TENSOR = ("heads", "hidden", "vocab")  # what Megatron splits
 
 
@@ -54,10 +56,11 @@ class Gpt:
     dropout: of attention and of both branches, 0 for none. recompute: of each layer in its backward
     pass nothing, all, or the core of attention. plan: how it is split; "megatron+sp" with sequence
     parallelism, "zero2" with the optimizer's state split, "fsdp" with the parameters too; "longest"
-    splits each parameter along its longest dim, and says no more. copied: whether a narrow copy of
-    the parameters is kept beside those in float32, or made in each step. fused_loss: whether the
-    cross entropy is one kernel. compiled: whether the system was a compiler, that fuses what it
-    likes; the others run the kernels they are told to, between barriers here.
+    splits each parameter along its longest dim, and says no more; "free" says nothing. copied:
+    whether a narrow copy of the parameters is kept beside those in float32, or made in each step.
+    fused_loss: whether the cross entropy is one kernel. compiled: whether the system was a
+    compiler, that fuses what it likes; the others run the kernels they are told to, between
+    barriers here.
     """
 
     layers: int
@@ -68,7 +71,7 @@ class Gpt:
     dtype: str = "float16"
     dropout: float = 0.0
     recompute: Literal["none", "full", "selective"] = "none"
-    plan: Literal["megatron", "megatron+sp", "zero2", "fsdp", "longest"] = "megatron"
+    plan: Literal["megatron", "megatron+sp", "zero2", "fsdp", "longest", "free"] = "megatron"
     copied: bool = True
     fused_loss: bool = False
     compiled: bool = False
@@ -120,7 +123,7 @@ class Gpt:
 
 def annotate(model: Gpt, x: jax.Array, *spec: str | None) -> jax.Array:
     """Split as the plan says, where it says more than where parameters lie."""
-    return x if model.plan == "longest" else autoshard.annotate(x, *spec)
+    return x if model.plan in ("longest", "free") else autoshard.annotate(x, *spec)
 
 
 # The forward pass
@@ -129,18 +132,22 @@ def annotate(model: Gpt, x: jax.Array, *spec: str | None) -> jax.Array:
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """In float32."""
     wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    mean = checkpoint_name(jnp.mean(wide, axis=-1, keepdims=True), ROWS)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True) - jnp.square(mean)
-    normed = (wide - mean) * jax.lax.rsqrt(variance + 1e-5)
+    normed = (wide - mean) * checkpoint_name(jax.lax.rsqrt(variance + 1e-5), ROWS)
     return normed.astype(x.dtype) * scale + bias
 
 
-def without(x: jax.Array, share: float, seed: jax.Array, onto: Any = 0) -> jax.Array:
-    """With dropout where there is some, and added to `onto`."""
-    return dropped(x, share, seed, onto) if share else x + onto
+def without(
+    x: jax.Array, share: float, seed: jax.Array, lay: Callable[..., jax.Array], onto: Any = 0
+) -> jax.Array:
+    """With dropout where there is some, and added to `onto`. lay: how x lies, and its mask."""
+    return dropped(x, share, seed, lay, onto) if share else x + onto
 
 
-def dropped(x: jax.Array, share: float, seed: jax.Array, onto: Any = 0) -> jax.Array:
+def dropped(
+    x: jax.Array, share: float, seed: jax.Array, lay: Callable[..., jax.Array], onto: Any = 0
+) -> jax.Array:
     """Without a share of its elements, which a hash of their places picks, and added to `onto`.
 
     The hash stands for the generators of GPU libraries (Philox of four words, some 25 operations
@@ -152,7 +159,7 @@ def dropped(x: jax.Array, share: float, seed: jax.Array, onto: Any = 0) -> jax.A
         place = place * jnp.uint32(0x9E3779B1) + along(x, d, seed)
     for by in (0x85EBCA6B, 0xC2B2AE35):
         place = (place ^ (place >> 16)) * jnp.uint32(by)
-    keep = place > jnp.uint32(share * 2**32)
+    keep = lay(place > jnp.uint32(share * 2**32))
     zero = jnp.zeros((), x.dtype)
     return together(jnp.where(keep, x * jnp.asarray(1 / (1 - share), x.dtype), zero) + onto, keep)
 
@@ -184,13 +191,51 @@ def kernel(model: Gpt, x: jax.Array) -> jax.Array:
     return x if model.compiled else jax.lax.optimization_barrier(x)
 
 
+def fused(model: Gpt, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A kernel of its own for layer norm, and for bias and gelu: it keeps what it was given.
+
+    Of layer norm each row's mean and deviation, too. Its backward pass computes the rest again; jax
+    keeps what the gradient of each step reads, of layer norm in float32.
+    """
+    kept = jax.checkpoint_policies.save_only_these_names(ROWS)
+    return fn if model.compiled else jax.checkpoint(fn, policy=kept)
+
+
+def softmax(model: Gpt, scores: jax.Array) -> jax.Array:
+    """Over the last dim; the kernel of Megatron and torch keeps its short result for the gradient.
+
+    jax keeps the one in float32.
+    """
+    return jax.nn.softmax(scores) if model.compiled else short(scores, model.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def short(scores: jax.Array, dtype: str) -> jax.Array:
+    """Softmax in float32, and its result in another type."""
+    return jax.nn.softmax(scores).astype(dtype)
+
+
+def _short_back(dtype: str, y: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    y, dy = y.astype(jnp.float32), dy.astype(jnp.float32)
+    return (y * (dy - jnp.sum(y * dy, axis=-1, keepdims=True)),)
+
+
+def _short_forward(scores: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    y = jax.lax.optimization_barrier(short(scores, dtype))
+    return y, y
+
+
+short.defvjp(_short_forward, _short_back)
+
+
 def core(model: Gpt, q: jax.Array, k: jax.Array, v: jax.Array, seed: jax.Array) -> jax.Array:
     """Causal attention over [batch, sequence, head, feature]."""
     scores = jnp.einsum("bqnf,bknf->bnqk", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
     low = -1e4 - jnp.minimum(seed, 0).astype(jnp.float32)
     scores = jnp.where(along(scores, 2, seed) >= along(scores, 3, seed), scores, low)
-    weights = kernel(model, jax.nn.softmax(scores).astype(v.dtype))
-    weights = without(weights, model.dropout, seed)
+    weights = kernel(model, softmax(model, scores).astype(v.dtype))
+    lay = partial(annotate, model)
+    weights = without(weights, model.dropout, seed, lambda x: lay(x, "data", "model", None, None))
     return jnp.einsum("bnqk,bknf->bqnf", weights, v)
 
 
@@ -202,21 +247,27 @@ def layer(model: Gpt, p: Tree, x: jax.Array, seed: jax.Array) -> jax.Array:
         return annotate(model, x, "data", between, None)
 
     def branch(x: jax.Array, summed: jax.Array, bias: jax.Array, seed: jax.Array) -> jax.Array:
-        return stream(without(stream(summed) + bias, model.dropout, seed, x))
+        return stream(without(stream(summed) + bias, model.dropout, seed, stream, x))
 
     p = {n: used(model, LAYER[n], w) for n, w in p.items()}
     attend: Callable[..., jax.Array] = partial(core, model)
     if model.recompute == "selective":
         attend = again(attend)
-    y = annotate(model, layer_norm(x, p["scale1"], p["bias1"]), "data", None, None)
-    qkv = jnp.einsum("bsw,wcnf->bscnf", y, p["wqkv"]) + p["bqkv"]
+    norm = fused(model, layer_norm)
+    y = stream(norm(x, p["scale1"], p["bias1"]))
+    qkv = product(model, "bsw,wcnf->bscnf", y, p["wqkv"], "wqkv") + p["bqkv"]
     qkv = annotate(model, qkv, "data", None, None, "model", None)
     mixed = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], seed)
     mixed = annotate(model, mixed, "data", None, "model", None)
-    x = branch(x, jnp.einsum("bsnf,nfw->bsw", mixed, p["wo"]), p["bo"], seed + 1)
-    y = annotate(model, layer_norm(x, p["scale2"], p["bias2"]), "data", None, None)
-    hidden = annotate(model, jax.nn.gelu(y @ p["w1"] + p["b1"]), "data", None, "model")
-    return branch(x, hidden @ p["w2"], p["b2"], seed + 2)
+    mixed = product(model, "bsnf,nfw->bsw", mixed, p["wo"], "wo")
+    x = branch(x, mixed, p["bo"], seed + 1)
+    y = stream(norm(x, p["scale2"], p["bias2"]))
+    bend = fused(model, lambda x, bias: jax.nn.gelu(x + bias))
+    hidden = annotate(
+        model, bend(product(model, "bsw,wh->bsh", y, p["w1"], "w1"), p["b1"]), "data", None, "model"
+    )
+    hidden = product(model, "bsh,hw->bsw", hidden, p["w2"], "w2")
+    return branch(x, hidden, p["b2"], seed + 2)
 
 
 def whole_layer(model: Gpt) -> Callable[..., jax.Array]:
@@ -230,7 +281,8 @@ def whole_layer(model: Gpt) -> Callable[..., jax.Array]:
 def again(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`fn`, all of it computed again in its backward pass, as torch's checkpoint does.
 
-    `jax.checkpoint` leaves out what no gradient reads, such as the last product and its sum.
+    `jax.checkpoint` leaves out what no gradient reads, such as the last product and its sum. Here
+    a gradient reads nothing of them, times zero.
     """
 
     @jax.custom_vjp
@@ -242,8 +294,11 @@ def again(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def backward(args: Any, dy: jax.Array) -> Any:
         y, back = jax.vjp(fn, *args)
-        dy, _ = jax.lax.optimization_barrier((dy, y))
-        return back(dy)
+        dy, y = jax.lax.optimization_barrier((dy, y))
+        grads = list(back(dy))
+        like = next(k for k, x in enumerate(args) if getattr(x, "shape", None) == y.shape)
+        grads[like] += 0 * y[..., :1]
+        return tuple(grads)
 
     outer.defvjp(forward, backward)
     return outer
@@ -253,6 +308,23 @@ def used(model: Gpt, dims: tuple[str, ...], w: jax.Array) -> jax.Array:
     """A parameter in the dtype of the computation, gathered where it is stored in parts."""
     w = w.astype(model.dtype)
     return annotate(model, w, *model.spec(dims, False)) if model.plan == "fsdp" else w
+
+
+def product(model: Gpt, letters: str, x: jax.Array, w: jax.Array, name: str) -> jax.Array:
+    """x times a parameter of a layer, which Megatron uses where it lies, and gathers nowhere.
+
+    Both are kept for the gradient as they were given: the parameter with all layers in one array,
+    x split over the sequence where that is parallel, to be gathered again.
+    """
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        if LAYER[name][0] == "width":  # gathered over the sequence
+            x = annotate(model, kernel(model, x), "data", None, None)
+        return jnp.einsum(letters, x, annotate(model, w, *model.spec(LAYER[name], False)))
+
+    if not model.plan.startswith("megatron"):
+        return jnp.einsum(letters, x, w)
+    return jax.checkpoint(run)(x, w)
 
 
 def embedded(model: Gpt, table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -267,7 +339,11 @@ def loss(model: Gpt, params: Tree, tokens: jax.Array) -> jax.Array:
     outside = {n: used(model, dims, params[n]) for n, dims in OUTSIDE.items()}
     between = "model" if model.plan == "megatron+sp" else None
     x = embedded(model, outside["embed"], tokens[:, :-1]) + outside["position"]
-    x = annotate(model, without(x, model.dropout, jnp.uint32(3)), "data", between, None)
+
+    def stream(x: jax.Array) -> jax.Array:
+        return annotate(model, x, "data", between, None)
+
+    x = stream(without(x, model.dropout, jnp.uint32(3), stream))
 
     through = whole_layer(model)
     seeds = jnp.arange(model.layers, dtype=jnp.uint32)
