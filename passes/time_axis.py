@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.ir.rule import Dim, Rule
@@ -90,6 +90,32 @@ def cut_to_make(rule: Rule, result: int, wanted: Split, steps: int) -> OverTime 
         return None
     found = _along(rule, *at, [WHOLE] * len(rule.operands), steps)
     return found if found and found.results[result] == wanted else None
+
+
+def spread(
+    rule: Rule, seen: Mapping[int, Split], steps: int
+) -> tuple[tuple[Split | None, ...], tuple[View, ...]] | None:
+    """What an operation takes of each operand, and makes of each result, to agree with these parts.
+
+    seen: by place, operands first, then results. None of an operand: all of it. None where there
+    is no one factor to split.
+
+    >>> rule = Rule.parse("b k, k n -> b n", {"b": 8, "k": 4, "n": 2}, reduce={"k": "add"})
+    >>> spread(rule, {2: Split(0, 1)}, 4)
+    ((Split(dim=0, low=1), None), (Split(dim=0, low=1),))
+    """
+    tensors = (*rule.operands, *rule.results)
+    places = {_within(rule, tensors[k], view, steps) for k, view in seen.items()}
+    at = places.pop() if len(places) == 1 else None
+    if at is None:
+        return None
+    found = _along(rule, *at, [WHOLE] * len(rule.operands), steps)
+    if found is None:
+        return None
+    cut = dict(found.cut)
+    taken = tuple(cut.get(k) for k in range(len(rule.operands)))
+    both = (*taken, *found.results)
+    return (taken, found.results) if all(both[k] == v for k, v in seen.items()) else None
 
 
 def _split(rule: Rule, views: Sequence[View], split: Sequence[int], steps: int) -> OverTime | None:

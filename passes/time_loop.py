@@ -281,18 +281,11 @@ class _Follow:
     def plain(self, op: Op, found: OverTime, views: Sequence[View]) -> bool:
         """Whether parts of the operands make the parts of the results, by the same primitive."""
         split = {k for k, _ in found.cut} | {k for k, v in enumerate(views) if isinstance(v, Split)}
-        if not split:
-            return True
-        if op.name == "dynamic_update_slice" and 0 in split:
-            return 1 in split
-        if op.name.startswith("scatter") and 0 in split and 2 not in split:
-            return False  # rows, of which each part would have to tell its own
-        if op.name == "gather" and PARTIAL in found.results:
+        if not _runs_on(op, split, found.results):
             return False
-        if op.name.startswith("scatter") and PARTIAL in found.results:
-            if op.inputs[0] not in self.zeros:
-                self.once.add((op.id, 0))
-            return True
+        sums = split and op.name.startswith("scatter") and PARTIAL in found.results
+        if sums and op.inputs[0] not in self.zeros:
+            self.once.add((op.id, 0))
         return True
 
     def take(self, op: Op, found: OverTime) -> None:
@@ -403,6 +396,22 @@ class _Follow:
             self.views[out] = part
         if len(unit.ops) == 1 and not op.is_link:
             self.phases[unit.path] = "loop"
+
+
+def runs_on_parts(op: Op, taken: Sequence[Split | None], made: Sequence[View]) -> bool:
+    """Whether these parts of the operands make these of the results, by the same primitive."""
+    return _runs_on(op, {k for k, part in enumerate(taken) if part is not None}, made)
+
+
+def _runs_on(op: Op, split: Collection[int], made: Sequence[View]) -> bool:
+    """The same, where so many operands are parts."""
+    if not split:
+        return True
+    if op.name == "dynamic_update_slice" and 0 in split:
+        return 1 in split
+    if op.name.startswith("scatter") and 0 in split and 2 not in split:
+        return False  # rows, of which each part would have to tell its own
+    return not (op.name == "gather" and PARTIAL in made)
 
 
 def _units(graph: Graph) -> Iterator[_Unit]:

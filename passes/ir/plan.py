@@ -22,7 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.ir.text import hint_text
 
-VERSION = 5
+VERSION = 6
 Axes = tuple[int, ...]
 
 
@@ -130,6 +130,8 @@ class Plan:
     arguments whose memory the function may reuse. compiler_options: of XLA, for the program.
     fused_attention: whether attention is priced as one kernel (`passes.attention`). microbatches:
     into how many parts the batch is cut, which run one after the other (`passes.time_loop`).
+    blocks, block_bytes: into how many blocks huge values are cut, or how large a block is at most,
+    all devices together (`passes.block_counts`); 0 for neither.
     """
 
     name: str
@@ -153,6 +155,8 @@ class Plan:
     compiler_options: Mapping[str, str] = field(default_factory=dict)
     fused_attention: bool = False
     microbatches: int = 1
+    blocks: int = 0
+    block_bytes: int = 0
     version: int = VERSION
 
     @property
