@@ -89,16 +89,17 @@ class Step(Rewalk):
         op = self.ops[path]
         taken = [self.taken(op, k, x) for k, x in enumerate(operands)]
         views = [self.loop.views[v] for v in op.outputs]
-        made = [
-            local_shape(v.aval.shape, view, self.steps)
-            for v, view in zip(eqn.outvars, views, strict=True)
-        ]
+        made = [self.local(v.aval.shape, view) for v, view in zip(eqn.outvars, views, strict=True)]
         before = [v.aval.shape for v in eqn.invars]
         local = [jnp.shape(x) for x in taken]
         if local == before and made == [v.aval.shape for v in eqn.outvars]:
             return bind(eqn, taken)
         params = local_params(eqn.primitive.name, eqn.params, before, local, made)
         return bind(eqn, taken, dict(params))
+
+    def local(self, shape: Sequence[int], view: View) -> Shape:
+        """The shape of what this step has of a value."""
+        return local_shape(shape, view, self.steps)
 
     def taken(self, op: Op | None, k: int, x: Any) -> Any:
         """An operand as an operation takes it: a part of it, or zeros after the first step."""
@@ -107,12 +108,16 @@ class Step(Rewalk):
         part = self.loop.cut.get((op.id, k))
         whole = self.loop.graph.values[op.inputs[k]].shape
         if part is not None and jnp.shape(x) == whole:
-            apart, axis = _apart(x, part, self.steps)
-            piece = lax.dynamic_index_in_dim(apart, self.time, axis, keepdims=False)
-            x = jnp.reshape(piece, local_shape(whole, part, self.steps))
+            x = self.piece(x, part)
         if (op.id, k) in self.loop.once:
             x = lax.select(jnp.broadcast_to(self.time == 0, x.shape), x, jnp.zeros_like(x))
         return x
+
+    def piece(self, x: Any, part: Split) -> Any:
+        """This step's part of a whole value."""
+        apart, axis = _apart(x, part, self.steps)
+        piece = lax.dynamic_index_in_dim(apart, self.time, axis, keepdims=False)
+        return jnp.reshape(piece, local_shape(jnp.shape(x), part, self.steps))
 
     def scan(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """A scan whose body works on parts."""
