@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from autoshard.calibration_suite import CalibrationError
     from autoshard.mesh import DevicesError
     from autoshard.targets import NoCompiler
+    from passes.block_counts import NoBlocks
     from passes.microbatch_loop import NoTimeLoop
     from passes.search import NoFeasiblePlan
 
@@ -38,6 +39,7 @@ __all__ = [  # noqa: RUF022 (in plain order)
     "HintConflict",
     "HintError",
     "MeshError",
+    "NoBlocks",
     "NoCompiler",
     "NoFeasiblePlan",
     "NoTimeLoop",
@@ -58,6 +60,7 @@ _LATER = {
     "CalibrationError": "autoshard.calibration_suite",
     "CompilerRefused": "autoshard.ask_compiler",
     "DevicesError": "autoshard.mesh",
+    "NoBlocks": "passes.block_counts",
     "NoCompiler": "autoshard.targets",
     "NoFeasiblePlan": "passes.search",
     "NoTimeLoop": "passes.microbatch_loop",

@@ -7,10 +7,12 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from autoshard.blockwise import checked as checked_blocks
+from autoshard.blockwise import first_that_fits, that_may_help
 from autoshard.bound_plan import Plan, traced_for
 from autoshard.devices import cluster_here
 from autoshard.microbatches import batch_sizes, checked, fastest
@@ -21,6 +23,7 @@ from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from cost_models.cluster import cluster as read_cluster
 from cost_models.units import parse_bytes
+from passes.block_counts import Blocks
 from passes.hints import hints_for
 from passes.ir.mesh import Mesh
 from passes.microbatch_loop import NoTimeLoop
@@ -41,6 +44,7 @@ def plan(
     solver: str = "ilp",
     fused_attention: bool = False,
     microbatches: int | str | None = None,
+    blockwise: int | str | None = None,
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
@@ -55,6 +59,8 @@ def plan(
     that never stores its scores, where a program that calls such a kernel is meant; XLA makes none
     by itself. microbatches: into how many parts the batch is cut, one after the other (gradient
     accumulation: the same numbers in less memory); "auto" for the fastest number that fits.
+    blockwise: into how many blocks huge values are cut, such as the scores of attention, so that
+    they are never there as a whole; "auto" for as few as fit.
 
     stages: into how many stages of a pipeline fn is cut, or "auto" for the fastest number; the
     answer is then a PipelinedPlan, but for "auto" on up to 64 devices where one program for all of
@@ -64,7 +70,7 @@ def plan(
     model per stage where a schedule leaves that open. A parallelized fn brings its own hints,
     static and donated arguments.
 
-    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, NoTimeLoop, NoStages,
+    Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, NoTimeLoop, NoBlocks, NoStages,
     ScheduleError, ValueError, TypeError.
     """
     options = {} if donate_argnums == () else {"donate_argnums": donate_argnums}
@@ -76,6 +82,7 @@ def plan(
         solver,
         fused_attention,
         microbatches,
+        blockwise,
         stages,
         schedule,
         chunks,
@@ -95,6 +102,7 @@ class _Wishes:
     solver: str
     fused_attention: bool
     microbatches: int | str | None
+    blockwise: int | str | None
     stages: int | str | None
     schedule: str | None
     chunks: int | None
@@ -125,7 +133,7 @@ def _plan(
         raise ValueError(f"unknown solver {wishes.solver!r}; there are {', '.join(SOLVERS)}")
     if wishes.hints is not None and not isinstance(wishes.hints, Mapping):
         raise TypeError(f"hints is a mapping of globs to specs, not {type(wishes.hints).__name__}")
-    microbatches = checked(wishes.microbatches)
+    microbatches, wanted = checked(wishes.microbatches), checked_blocks(wishes.blockwise)
     hardware = _cluster(wishes.cluster)
     if wishes.stages is not None:
         with _no_collector():
@@ -143,12 +151,38 @@ def _plan(
 
         def in_parts(count: int) -> Plan:
             cut = traced if count == 1 else traced_for(fn, args, kwargs, jit_options, count)
-            return _search(fn, cut, hardware, fixed, wishes, count)
+
+            def in_such(blocks: Blocks) -> Plan:
+                again = traced_for(fn, args, kwargs, jit_options, count, blocks) if blocks else cut
+                return _search(fn, again, hardware, fixed, wishes, count, blocks)
+
+            return _blockwise(in_such, wanted, cut, hardware, wishes)
 
         if isinstance(microbatches, str):
             sizes = batch_sizes(traced)
             return fastest(in_parts, lambda p: p.cost.step_time, sizes, wishes.progress)
         return in_parts(microbatches)
+
+
+def _blockwise(
+    in_such: Callable[[Blocks], Plan],
+    wanted: Blocks | Literal["auto"],
+    traced: Traced,
+    hardware: Cluster,
+    wishes: _Wishes,
+) -> Plan:
+    """The plan in so many blocks, or in as few as fit. traced: without blocks."""
+
+    def peak(found: Plan) -> float:
+        return found.cost.peak_memory
+
+    if isinstance(wanted, str):
+        limit = _limit(wishes)
+        return first_that_fits(in_such, peak, traced, hardware, limit, wishes.progress)
+    try:
+        return in_such(wanted)
+    except NoFeasiblePlan as error:
+        raise error if wanted else that_may_help(error, traced) from None
 
 
 def _faster(found: Plan, ask: Callable[[_Wishes], Plan], wishes: _Wishes) -> Plan:
@@ -169,6 +203,8 @@ def _pipelined(
     wishes: _Wishes,
 ) -> Plan:
     """The plan of a pipeline."""
+    if wishes.blockwise is not None:
+        raise ValueError("blockwise does not go with stages: give one of them")
     microbatches = checked("auto" if wishes.microbatches is None else wishes.microbatches)
     _mesh(wishes.mesh, hardware)
     traced = traced_for(fn, args, kwargs, jit_options)
@@ -188,7 +224,7 @@ def _pipelined(
         chunks=wishes.chunks,
         mesh=wishes.mesh,
         hints={**own, **(wishes.hints or {})},
-        limit=None if wishes.memory_limit is None else float(parse_bytes(wishes.memory_limit)),
+        limit=_limit(wishes),
         solver=wishes.solver,
         fused_attention=wishes.fused_attention,
         progress=wishes.progress,
@@ -202,6 +238,7 @@ def _search(
     fixed: Mesh | None,
     wishes: _Wishes,
     microbatches: int,
+    blocks: Blocks,
 ) -> Plan:
     """The plan for a traced function."""
     graph = traced.graph
@@ -209,19 +246,24 @@ def _search(
         fixed = _manual_mesh(traced, fixed, hardware)
     own = fn.hints if isinstance(fn, Parallelized) else {}
     wanted = (*graph.hints, *hints_for(graph, {**own, **(wishes.hints or {})}))
-    limit = None if wishes.memory_limit is None else float(parse_bytes(wishes.memory_limit))
     again = partial(
         search,
         graph,
         hardware,
         hints=wanted,
-        memory_limit=limit,
+        memory_limit=_limit(wishes),
         state=state_pairs(traced),
         fused_attention=wishes.fused_attention,
     )
     found = again(mesh=fixed, solver=wishes.solver, progress=wishes.progress)
-    data = dataclasses.replace(found.plan, microbatches=microbatches)
+    data = dataclasses.replace(
+        found.plan, microbatches=microbatches, blocks=blocks.count, block_bytes=blocks.nbytes
+    )
     return Plan(data, traced, found, again)
+
+
+def _limit(wishes: _Wishes) -> float | None:
+    return None if wishes.memory_limit is None else float(parse_bytes(wishes.memory_limit))
 
 
 def _cluster(spec: str | Cluster | None) -> Cluster:
@@ -271,6 +313,7 @@ def parallelize(
     solver: str = "ilp",
     fused_attention: bool = False,
     microbatches: int | str | None = None,
+    blockwise: int | str | None = None,
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
@@ -298,6 +341,7 @@ def parallelize(
             solver,
             fused_attention,
             microbatches,
+            blockwise,
             stages,
             schedule,
             chunks,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from autoshard.blockwise import in_blocks
 from autoshard.jit_options import check_arguments
 from autoshard.lower import constrained
 from autoshard.mesh import device_mesh, lowering_platform, partition_spec
@@ -20,6 +21,7 @@ from autoshard.placement import placed
 from autoshard.state import state_pairs
 from autoshard.trace import Traced, trace
 from cost_models.cluster import Cluster
+from passes.block_counts import NO_BLOCKS, Blocks
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
 from passes.ir.plan import PlanError
@@ -138,7 +140,8 @@ class Plan:
 
     def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         """The same plan for this function, which must be the one it was made for (PlanError)."""
-        traced = traced_for(fn, args, kwargs, {}, self.data.microbatches)
+        blocks = Blocks(self.data.blocks, self.data.block_bytes)
+        traced = traced_for(fn, args, kwargs, {}, self.data.microbatches, blocks)
         signature = ir.signature_of(traced.graph)
         if ir.fingerprint(signature) != self.data.fingerprint:
             found = "; ".join(ir.differences(self.data.signature, signature))
@@ -314,16 +317,22 @@ def traced_for(
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
     microbatches: int = 1,
+    blocks: Blocks = NO_BLOCKS,
 ) -> Traced:
-    """A function traced, one that does the same in microbatches where there are several."""
+    """A function traced, one that does the same in microbatches and in blocks where asked for."""
     if isinstance(fn, Parallelized):
         jit_options = {**fn.options, **jit_options}
         fn = fn.fn
     check_arguments(fn, args, kwargs, jit_options)
     traced = trace(fn, *args, **jit_options, **kwargs)
+    notes: tuple[str, ...] = ()
     if microbatches > 1:
         cut, notes = in_microbatches(fn, traced, microbatches, jit_options)
         traced = trace(cut, *args, **jit_options, **kwargs)
+    if blocks:
+        cut, more = in_blocks(fn, traced, blocks, jit_options)
+        traced, notes = trace(cut, *args, **jit_options, **kwargs), (*notes, *more)
+    if notes:
         noted = dataclasses.replace(traced.graph, notes=(*notes, *traced.graph.notes))
         traced = dataclasses.replace(traced, graph=noted)
     graph, same = merge_same(traced.graph)

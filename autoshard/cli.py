@@ -81,6 +81,7 @@ def plan_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    blockwise: cli_options.Blockwise = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -108,7 +109,9 @@ def plan_command(
         if file is not None:
             _check_writable(file)
     staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, microbatches, staged)
+    found = _plan(
+        target, cluster, mesh, hint, solver, memory_limit, donate, microbatches, blockwise, staged
+    )
     if json is not None:
         atomic_file.write(json, found.to_json())
     if dump_problem is not None:
@@ -138,6 +141,7 @@ def run_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    blockwise: cli_options.Blockwise = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -176,6 +180,7 @@ def run_command(
             memory_limit=memory_limit,
             solver=solver,
             microbatches=cli_options.as_number(microbatches),
+            blockwise=cli_options.as_number(blockwise),
             **cli_options.Staged(stages, schedule, chunks).options(),
             progress=tell,
         )
@@ -205,7 +210,7 @@ def compare_command(
     del debug
     if stages is not None:
         return _compare_pipelines(target, cluster, mesh, hint, stages, memory_limit, donate)
-    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate, None)
+    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate, None, None)
     from passes.search import SOLVERS
 
     show(cli_tables.comparison(found.data, SOLVERS))
@@ -224,13 +229,16 @@ def explain_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    blockwise: cli_options.Blockwise = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     debug: Debug = False,
 ) -> int:
     """Say why a value is split so, and what else costs."""
     del debug
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, microbatches)
+    found = _plan(
+        target, cluster, mesh, hint, solver, memory_limit, donate, microbatches, blockwise
+    )
     with progress("explaining"):
         text = found.explain(glob)
     show(text)
@@ -246,6 +254,7 @@ def verify_command(
     hint: Hints = None,
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
+    blockwise: cli_options.Blockwise = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -263,7 +272,9 @@ def verify_command(
 
     hardware = prepare_compiler(cluster)
     staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate, microbatches, staged)
+    found = _plan(
+        target, hardware, mesh, hint, solver, memory_limit, donate, microbatches, blockwise, staged
+    )
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
@@ -426,6 +437,7 @@ def _plan(
     memory_limit: str | None,
     donate: list[int] | None,
     microbatches: str | None,
+    blockwise: str | None,
     stages: cli_options.Staged = cli_options.UNSTAGED,
 ) -> Plan:
     """Load the target and plan it."""
@@ -448,6 +460,7 @@ def _plan(
             memory_limit=memory_limit,
             solver=solver,
             microbatches=cli_options.as_number(microbatches),
+            blockwise=cli_options.as_number(blockwise),
             **stages.options(),
             progress=tell,
         )

@@ -28,6 +28,7 @@ _MEANT_BY_NAME = frozenset(
         "CompilerRefused",
         "DevicesError",
         "HintUnmet",
+        "NoBlocks",
         "NoCompiler",
         "NoFeasiblePlan",
         "NoTimeLoop",
@@ -38,7 +39,7 @@ _MEANT_BY_NAME = frozenset(
     }
 )
 # Where plain ValueErrors and TypeErrors are sentences for the user too.
-_CHECKS = frozenset({"api.py", "jit_options.py", "microbatches.py", "units.py"})
+_CHECKS = frozenset({"api.py", "blockwise.py", "jit_options.py", "microbatches.py", "units.py"})
 
 _PACKAGES = Path(__file__).parent.parent
 

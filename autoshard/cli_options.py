@@ -77,6 +77,14 @@ InMicrobatches = Annotated[
         metavar="NUMBER",
     ),
 ]
+Blockwise = Annotated[
+    str | None,
+    typer.Option(
+        "--blockwise",
+        help="cut huge values, such as attention's scores, into so many blocks, or auto",
+        metavar="NUMBER",
+    ),
+]
 InStages = Annotated[
     str | None,
     typer.Option(
