@@ -18,6 +18,7 @@ from autoshard.block_loops import in_loops
 from autoshard.flat import flat
 from autoshard.jit_options import dynamic_leaves
 from autoshard.own_rows import own_rows
+from autoshard.slices import of_operands
 from autoshard.through_scans import through_scans
 from autoshard.trace import Traced, trace
 from cost_models.cluster import Cluster
@@ -82,7 +83,8 @@ def in_blocks(
 def _flat(traced: Traced, nbytes: int) -> _Flat:
     """The function flat, its scans making huge values by themselves."""
     now = _again(traced, flat(traced))
-    now = _again(now, own_rows(now))
+    for changed in (own_rows, of_operands):
+        now = _again(now, changed(now))
     sources: dict[str, None] = {}
     for _ in range(_DEPTH):
         inside = bodies(now.graph, now.deciders)
