@@ -78,6 +78,8 @@ class _Slices(Flat):
     def moved(self, eqn: Any, operands: list[Any], ranges: dict[Any, Any]) -> list[Any] | None:
         """The results where a slice or zeros move through an equation; None where none do."""
         name = eqn.primitive.name
+        if not eqn.outvars:
+            return None
         if eqn.outvars[0] in ranges and name in (*_ALONG, "slice"):
             return self.smaller(eqn, operands, ranges)
         if name == "pad" and eqn.outvars[0].aval.shape in {v.aval.shape for v in ranges}:
@@ -129,10 +131,10 @@ def _cut(x: Any, ranges: Sequence[Range]) -> Any:
 
 
 def _expands(eqn: Any) -> bool:
-    sizes = [np.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars)]
-    return bool(
-        eqn.primitive.name == "dot_general" and sizes[2] >= _EXPANDS * (sizes[0] + sizes[1])
-    )
+    if eqn.primitive.name != "dot_general":
+        return False
+    left, right, made = (np.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
+    return bool(made >= _EXPANDS * (left + right))
 
 
 def _read_of(jaxpr: Any) -> dict[Any, tuple[Range, ...]]:

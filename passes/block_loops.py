@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from passes.bodies import Body, Path
 from passes.ir.graph import Graph
@@ -277,6 +278,9 @@ class _Cut:
             items[key] = (max(own), loop, list(loop.outside), loop.results)
         made_by = {v: key for key, item in items.items() for v in item[3]}
         waits = {key: {made_by[v] for v in i[2] if v in made_by} for key, i in items.items()}
+        acting = sorted(k for k in plain if self.body.units[k].effects)
+        for first, second in pairwise(acting):  # effects stay in their order
+            waits[-1, second].add((-1, first))
         readers: dict[Key, list[Key]] = {}
         for key, before in waits.items():
             for b in before:

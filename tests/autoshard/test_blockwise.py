@@ -379,6 +379,17 @@ def test_what_needs_all_of_it_is_named() -> None:
     assert "sort at test_blockwise.py" in refusal(fn, [numbers(64, 4)], 2)
 
 
+def test_what_prints_goes_on_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    def fn(x: Any) -> Any:
+        y = jnp.tanh(x @ x.T) @ x
+        jax.debug.print("sum {}", y.sum())
+        return y
+
+    agree(fn, [numbers(64, 4)])
+    jax.effects_barrier()
+    assert capsys.readouterr().out.count("sum") == 2
+
+
 def test_what_hands_out_huge_values_gains_nothing() -> None:
     def fn(x: Any) -> Any:
         return jnp.exp(x @ x.T)
