@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from autoshard.api import Plan, _traced
+from autoshard.bound_plan import Plan, traced_for
 from autoshard.same_numbers import difference
 from cost_models.cluster import cluster
 from passes.assemble import assemble
@@ -135,7 +135,7 @@ def price_all(graph: Graph) -> Priced:
 @pytest.mark.parametrize("name", CASES)
 def test_same_numbers(name: str) -> None:
     fn, args = CASES[name]
-    traced = _traced(fn, args, {}, {})
+    traced = traced_for(fn, args, {}, {})
     graph = traced.graph
     priced = price_all(graph)
     expected = np.asarray(jax.jit(fn)(*args))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autoshard.api import Plan, _traced
+from autoshard.bound_plan import Plan, traced_for
 from autoshard.trace import Traced
 from cost_models.cluster import cluster
 from passes.assemble import assemble
@@ -52,7 +52,7 @@ def price_all(graph: Graph) -> Priced:
 
 @pytest.fixture(scope="module")
 def priced() -> tuple[Traced, Priced]:
-    traced = _traced(product, (X, W), {}, {})
+    traced = traced_for(product, (X, W), {}, {})
     graph = traced.graph
     return traced, price_all(graph)
 

@@ -25,7 +25,7 @@ from hypothesis import assume, given, settings
 from jax import lax
 
 import autoshard
-from autoshard.api import Plan, _traced
+from autoshard.bound_plan import Plan, traced_for
 from autoshard.same_numbers import difference
 from autoshard.state import state_pairs
 from autoshard.trace import Traced
@@ -372,7 +372,7 @@ def test_random_plans_of_random_programs(
 ) -> None:
     mesh = Mesh.of(sizes)
     fn = build(steps, grad, mesh)
-    traced = _traced(fn, ARGS, {}, {})
+    traced = traced_for(fn, ARGS, {}, {})
     expected = jax.tree.map(host, jax.jit(fn)(*ARGS))
     assume(is_steady(fn, expected))
     priced = priced_on(traced, mesh)
@@ -384,7 +384,7 @@ def test_random_plans_of_random_programs(
 def test_random_plans_of_everything_jit_takes(number: int, name: str) -> None:
     case = CASES[name]
     mesh = Mesh.of(case.mesh or MESHES[1 + number % 2])
-    traced = _traced(case.fn, case.args, {}, {"donate_argnums": case.donate})
+    traced = traced_for(case.fn, case.args, {}, {"donate_argnums": case.donate})
     expected = jax.tree.map(host, jax.jit(case.fn)(*case.args))
     plan = random_plan(traced, priced_on(traced, mesh), number)
     check_same(plan, case.args, expected, 0.02 if name in ("bfloat16", "float8") else 2e-4)
@@ -414,7 +414,7 @@ def test_a_plans_time_is_what_the_problem_says(
 ) -> None:
     """The problem counts whole picoseconds, so each of its entries may be off by one."""
     mesh = Mesh.of(sizes)
-    priced = priced_on(_traced(build(steps, grad, mesh), ARGS, {}, {}), mesh)
+    priced = priced_on(traced_for(build(steps, grad, mesh), ARGS, {}, {}), mesh)
     choice = random_choice(priced, random.Random(seed))
     problem, cost = priced.problem, cost_of(priced, choice)
     entries = len(problem.nodes) + len(problem.edges) + len(priced.graph.ops)
@@ -430,7 +430,7 @@ def test_the_problem_never_holds_more_memory_than_the_plan(
 ) -> None:
     """The problem leaves resharded copies and very small values out, and nothing else."""
     mesh = Mesh.of(sizes)
-    priced = priced_on(_traced(build(steps, grad, mesh), ARGS, {}, {}), mesh)
+    priced = priced_on(traced_for(build(steps, grad, mesh), ARGS, {}, {}), mesh)
     choice = random_choice(priced, random.Random(seed))
     peak = float(priced.problem.memory(choice).max(initial=0.0))
     assert peak <= cost_of(priced, choice).peak_memory + 1e-6
