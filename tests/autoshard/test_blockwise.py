@@ -311,10 +311,10 @@ def some_tokens(size: int = 2 * SIZE) -> Any:
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, size + 1)))
 
 
-@pytest.mark.parametrize(("scanned", "size"), [(False, 61), (True, 67)])
-def test_blocks_that_do_not_divide(scanned: bool, size: int) -> None:
+def test_blocks_that_do_not_divide() -> None:
     """A sequence of prime length, in blocks of which the last rows are past its end."""
-    fn, args = gpt_step(scanned, True), (gpt_params(), some_tokens(size))
+    size = 67
+    fn, args = gpt_step(scanned=True, remat=True), (gpt_params(), some_tokens(size))
     made, notes = in_blocks(fn, trace(fn, *args), Blocks(nbytes=2 * size**2 * 4 // 7), {})
     assert any(f"f32[1,2,{size},{size}]" in n and "in 8 blocks along its dim 2" in n for n in notes)
     assert worst(jax.jit(made)(*args), jax.jit(fn)(*args)) < 1e-5
@@ -322,8 +322,8 @@ def test_blocks_that_do_not_divide(scanned: bool, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("scanned", "remat", "given"),
-    [(False, False, False), (True, False, True), (True, True, False)],
-    ids=["unrolled", "scanned, mask given", "scanned, remat"],
+    [(False, True, False), (True, False, True)],
+    ids=["unrolled, remat", "scanned, mask given"],
 )
 def test_gpt(scanned: bool, remat: bool, given: bool) -> None:
     mask = jnp.asarray(np.random.default_rng(1).random((2 * SIZE, 2 * SIZE)) < 0.5)
@@ -344,7 +344,8 @@ def test_flax_with_dropout() -> None:
             return embed.attend(x + nn.Dense(16)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x)))))
 
     tokens, key = some_tokens()[:, :-1], jax.random.key(0)
-    params = Model().init({"params": key, "dropout": key}, tokens)
+    shapes = jax.eval_shape(Model().init, {"params": key, "dropout": key}, tokens)
+    params = jax.tree.map(lambda p: numbers(*p.shape), shapes)
 
     def loss(params: Any, tokens: Any, key: Any) -> Any:
         return taken(Model().apply(params, tokens, rngs={"dropout": key}), tokens)
