@@ -76,6 +76,11 @@ class Gpt:
     fused_loss: bool = False
     compiled: bool = False
 
+    @property
+    def kernels(self) -> bool:
+        """Whether it ran Megatron's own kernels for layer norm, bias with gelu, and softmax."""
+        return not self.compiled and self.plan in ("megatron", "megatron+sp", "free")
+
     def size(self, dim: str) -> int:
         """How long a dim of this name is."""
         sizes = {
@@ -198,15 +203,15 @@ def fused(model: Gpt, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     keeps what the gradient of each step reads, of layer norm in float32.
     """
     kept = jax.checkpoint_policies.save_only_these_names(ROWS)
-    return fn if model.compiled else jax.checkpoint(fn, policy=kept)
+    return jax.checkpoint(fn, policy=kept) if model.kernels else fn
 
 
 def softmax(model: Gpt, scores: jax.Array) -> jax.Array:
-    """Over the last dim; the kernel of Megatron and torch keeps its short result for the gradient.
+    """Over the last dim; Megatron's kernel keeps its short result for the gradient.
 
     jax keeps the one in float32.
     """
-    return jax.nn.softmax(scores) if model.compiled else short(scores, model.dtype)
+    return short(scores, model.dtype) if model.kernels else jax.nn.softmax(scores)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
