@@ -166,7 +166,7 @@ class PipelineCosts:
 
     def _price(self, form: Form, cut: CutProgram, piece: int, limit: float) -> StagePrice:
         shape = form_of(cut, piece, bool(self.hints))
-        key = shape, form.microbatches, form.mesh, form.devices, limit
+        key = shape, form.microbatches, form.groups, form.mesh, form.devices, limit
         if key not in self.planned:
             step = stage_step(cut.made, cut.groups, piece, form.microbatches)
             self.planned[key] = price_stage(
