@@ -11,6 +11,7 @@ from autoshard.in_stages import Staged, Weigh, flops_of, in_stages
 from autoshard.stage_programs import StagePrograms, stage_programs
 from autoshard.state import state_pairs
 from autoshard.time_loop import Program
+from autoshard.trace import Traced
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,22 @@ def cut_program(
     pieces: int,
     apart: bool,
     weigh: Weigh = flops_of,
+    given: Traced | None = None,
 ) -> CutProgram:
-    """A function in so many steps and pieces. apart, weigh: as of `in_stages`.
+    """A function in so many steps and pieces. apart, weigh, given: as of `in_stages`.
 
     Raises NoTimeLoop and NoStages.
     """
     staged = in_stages(
-        fn, args, kwargs, options, microbatches=steps, count=pieces, apart=apart, weigh=weigh
+        fn,
+        args,
+        kwargs,
+        options,
+        microbatches=steps,
+        count=pieces,
+        apart=apart,
+        weigh=weigh,
+        given=given,
     )
     program = Program(staged.traced, staged.loop)
     made = stage_programs(program, staged.stages)

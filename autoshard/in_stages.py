@@ -40,6 +40,21 @@ class Staged:
     stages: Stages
 
 
+def pieced(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    count: int,
+    weigh: Weigh = flops_of,
+) -> Traced:
+    """A function with its scans over layers in so many pieces. Arguments as of `in_stages`."""
+    traced = trace(fn, *args, **options, **kwargs)
+    run = in_pieces(traced, count, weigh(traced.graph))
+    return trace(_as(fn, options, traced, run), *args, **options, **kwargs)
+
+
 def in_stages(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
@@ -50,29 +65,38 @@ def in_stages(
     count: int,
     apart: bool = True,
     weigh: Weigh = flops_of,
+    given: Traced | None = None,
 ) -> Staged:
     """A function in so many stages and microbatches. options: those of `jax.jit`.
 
     apart: whether the gradients of weights are tasks of their own; else all that is backward is B.
-    weigh: how much each operation of a graph takes, by which stages are made even.
-    Raises NoTimeLoop and NoStages.
+    weigh: how much each operation of a graph takes, by which stages are made even. given: what
+    `pieced` gives, where that is known. Raises NoTimeLoop and NoStages.
     """
-
-    def again(fn: Callable[..., Any], traced: Traced, run: Callable[..., list[Any]]) -> Any:
-        @functools.wraps(fn)
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            flat = dynamic_leaves(fn, options, args, kwargs)
-            return jax.tree.unflatten(traced.out_tree, run(*flat))
-
-        return trace(changed, *args, **options, **kwargs)
 
     def loop_of(traced: Traced) -> TimeLoop:
         return microbatch_loop(traced.graph, batch_of(traced), microbatches, traced.deciders)
 
-    traced = trace(fn, *args, **options, **kwargs)
-    traced = again(fn, traced, in_pieces(traced, count, weigh(traced.graph)))
+    traced = given or pieced(fn, args, kwargs, options, count=count, weigh=weigh)
     if apart:
-        traced = again(fn, traced, weights_apart(traced, loop_of(traced)))
+        run = weights_apart(traced, loop_of(traced))
+        traced = trace(_as(fn, options, traced, run), *args, **options, **kwargs)
     loop = loop_of(traced)
     stages = stages_of(loop, traced.backward, count, weigh(loop.graph))
     return Staged(traced, loop, stages if apart else stages.joined())
+
+
+def _as(
+    fn: Callable[..., Any],
+    options: Mapping[str, Any],
+    traced: Traced,
+    run: Callable[..., list[Any]],
+) -> Callable[..., Any]:
+    """A function with the arguments and results of fn, that computes them otherwise."""
+
+    @functools.wraps(fn)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        flat = dynamic_leaves(fn, options, args, kwargs)
+        return jax.tree.unflatten(traced.out_tree, run(*flat))
+
+    return changed

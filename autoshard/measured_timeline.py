@@ -21,14 +21,16 @@ it. BW is one row, from the beginning of B to the end of W.
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.profiler import ProfileData, ProfileOptions, TraceAnnotation
+from jax.profiler import ProfileOptions, TraceAnnotation
 
 from autoshard.controller import Controller
 from autoshard.stage_programs import program_name
@@ -82,9 +84,8 @@ def measured(run: Controller, flat: Sequence[Any]) -> Measured:
             with TraceAnnotation(_CALL):
                 results = run(*flat)
             jax.block_until_ready(results)
-        files = sorted(Path(folder).rglob("*.xplane.pb"))
-        profile = ProfileData.from_file(str(files[0])) if files else None
-        call, spans = _read(profile.planes if profile else ())
+        files = sorted(Path(folder).rglob("*.trace.json.gz"))
+        call, spans = _read(json.loads(gzip.decompress(files[0].read_bytes())) if files else {})
     done = dict(_tasks(run, spans))
     start = min(span.start for span in done.values())
     timeline = _timeline(run.schedule, done, start)
@@ -117,21 +118,26 @@ def busy_together(timeline: Timeline, stages: int = 2) -> float:
 # What the profiler says
 
 
-def _read(planes: Iterable[Any]) -> tuple[Span, dict[tuple[str, int], dict[int, Span]]]:
-    """When the call was made, and per program and device its runs, by their numbers."""
+def _read(trace: Mapping[str, Any]) -> tuple[Span, dict[tuple[str, int], dict[int, Span]]]:
+    """When the call was made, and per program and device its runs, by their numbers.
+
+    trace: in Chrome's format, times in microseconds. (`jax.profiler.ProfileData`, which would read
+    the profile itself, ends the process in jax 0.12.0.)
+    """
     call, spans = None, dict[tuple[str, int], dict[int, Span]]()
-    for plane in planes:
-        for line in plane.lines:
-            for event in line.events:
-                if event.name == _CALL:
-                    call = Span(event.start_ns, event.end_ns)
-                    continue
-                stats = {k: v for k, v in event.stats if k in _KEYS}
-                if len(stats) == len(_KEYS):
-                    module, run, device = (stats[k] for k in _KEYS)
-                    runs = spans.setdefault((str(module), int(device)), {})
-                    old = runs.get(run, Span(event.start_ns, event.end_ns))
-                    runs[run] = Span(min(old.start, event.start_ns), max(old.end, event.end_ns))
+    for event in trace.get("traceEvents", ()):
+        if event.get("ph") != "X":
+            continue
+        span = Span(event["ts"] * 1e3, (event["ts"] + event.get("dur", 0.0)) * 1e3)
+        if event.get("name") == _CALL:
+            call = span
+            continue
+        stats = event.get("args", {})
+        if all(key in stats for key in _KEYS):
+            module, run, device = (stats[key] for key in _KEYS)
+            runs = spans.setdefault((str(module), int(device)), {})
+            old = runs.get(int(run), span)
+            runs[int(run)] = Span(min(old.start, span.start), max(old.end, span.end))
     if call is None or not spans:
         raise NotMeasured(
             f"jax's profiler records no operations of {jax.default_backend()} devices with the "

@@ -19,8 +19,10 @@ from typing import Any
 
 from autoshard.alike_pieces import form_of
 from autoshard.cut_program import CutProgram, cut_program
+from autoshard.in_stages import pieced
 from autoshard.stage_prices import StagePrice, price_stage, traced_stage
 from autoshard.stage_step import stage_step
+from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
 from cost_models.topology import AxisLink, lay
@@ -116,25 +118,23 @@ class PipelineCosts:
         self.fused_attention, self.solver = fused_attention, solver
         self.weigh = partial(op_seconds, cluster=cluster, fused_attention=fused_attention)
         self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
+        self.pieced: dict[int, Traced] = {}
         self.planned: dict[Any, StagePrice] = {}
-        self.least: tuple[float, str] | None = (
-            None  # bytes that the smallest that did not fit needs
-        )
+        self.least: tuple[float, str] | None = None  # of what did not fit, the smallest: bytes
 
     def cut(self, form: Form) -> CutProgram:
         """The function cut so; NoTimeLoop and NoStages where it can not be."""
         key = form.steps, form.pieces, form.apart
         if key not in self.cuts:
-            fn, args, kwargs, options = self.call
+            if form.pieces not in self.pieced:
+                self.pieced[form.pieces] = pieced(*self.call, count=form.pieces, weigh=self.weigh)
             self.cuts[key] = cut_program(
-                fn,
-                args,
-                kwargs,
-                options,
+                *self.call,
                 steps=form.steps,
                 pieces=form.pieces,
                 apart=form.apart,
                 weigh=self.weigh,
+                given=self.pieced[form.pieces],
             )
         return self.cuts[key]
 

@@ -146,7 +146,7 @@ def test_numbers_of_runs_that_pass_their_end() -> None:
 
 def test_a_profile_without_operations() -> None:
     with pytest.raises(NotMeasured, match="records no operations of cpu devices with the programs"):
-        _read([])
+        _read({})
 
 
 @pytest.mark.slow
