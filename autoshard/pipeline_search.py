@@ -8,7 +8,7 @@ form promises is
 for a batch of B samples on N devices, where c is device-seconds per sample. c is that of the most
 similar form that has been priced, a little less. Before anything is known, a device is taken to
 work at half of its best rate. The search ends when no promise is below the best step found, or
-after so many forms; the plan says which.
+after so many forms, or pieces of them; the plan says which.
 
 The bubble is that of even stages: (p - 1) / (v m) for 1F1B of p stages in v chunks (Narayanan et
 al., arXiv 2104.04473, section 2.2), a third of it for ZB-H1 (Qi et al., arXiv 2401.10241), none for
@@ -38,6 +38,7 @@ from passes.search import NoFeasiblePlan, Progress
 from passes.stages import NoStages
 
 MOST = 16  # forms that are priced
+_PIECES, _FORMS = 320, 6  # pieces that are cut in all: so many, or of so many forms like the first
 _CHUNKS = (2, 3, 4)
 _SMALL = 160  # tasks of F up to which a schedule is searched for, too
 _DOUBT = 0.15  # for each form with W apart that did not fit: they hold more activations
@@ -94,7 +95,7 @@ def search_pipelines(
     known: dict[Size, float] = {}
     found: list[Pipeline] = []
     refused: list[tuple[Form, str, Refusal]] = []
-    start, doubt = _best_rate(costs, wanted), 0
+    start, doubt, pieces, room = _best_rate(costs, wanted), 0, 0, 0
     for _ in range(most):
         promises = [
             (promise(wanted, f, n, known, start) * (1 + _DOUBT * doubt * f.apart), k)
@@ -104,7 +105,11 @@ def search_pipelines(
         if expected >= min((p.step_time for p in found), default=math.inf):
             left = []
             break
+        room = room or max(_PIECES, _FORMS * left[k][0].pieces)
+        if found and pieces + left[k][0].pieces > room:
+            break
         form, name = left.pop(k)
+        pieces += form.pieces
         tell(f"{form}, {name}")
         try:
             pipeline = costs.of(form, name)
