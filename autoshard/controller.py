@@ -281,8 +281,12 @@ class _OnStage:
 
 
 def costs_of(stages: Stages) -> StageCosts:
-    """Costs of a schedule's pieces, in FLOPs, to order tasks by."""
-    f, b, w = (tuple(s[kind] for s in stages.flops) for kind in "FBW")
+    """Costs of a schedule's pieces, in FLOPs, to order tasks by.
+
+    No task takes nothing: what waits for another comes after it in the order of their times.
+    """
+    least = max(1.0, *(x for s in stages.flops for x in s.values())) * 1e-6
+    f, b, w = (tuple(max(s[kind], least) for s in stages.flops) for kind in "FBW")
     ones = (1.0,) * stages.count
     link = tuple(sum(each) / 2 for each in zip(f, b, w, strict=True))
     return StageCosts(f, b, w, 0.0, ones, ones, link)

@@ -83,6 +83,11 @@ def test_two_stages(model: str) -> None:
     check(model, generators.zb_h1(2, 4), each=4)
 
 
+def test_pieces_in_which_nothing_is_multiplied() -> None:
+    """They take no FLOPs, and still come after what they wait for."""
+    check("unet", vee.v_min(8, 8))
+
+
 def test_eight_stages() -> None:
     check("gpt", generators.zb_h2(8, 8))
 
