@@ -31,7 +31,10 @@ _MEANT_BY_NAME = frozenset(
         "NoBlocks",
         "NoCompiler",
         "NoFeasiblePlan",
+        "NoSpmdPipeline",
+        "NoStages",
         "NoTimeLoop",
+        "NotMeasured",
         "NotSharded",
         "PictureError",
         "ProblemError",
@@ -39,7 +42,16 @@ _MEANT_BY_NAME = frozenset(
     }
 )
 # Where plain ValueErrors and TypeErrors are sentences for the user too.
-_CHECKS = frozenset({"api.py", "blockwise.py", "jit_options.py", "microbatches.py", "units.py"})
+_CHECKS = frozenset(
+    {
+        "api.py",
+        "blockwise.py",
+        "jit_options.py",
+        "microbatches.py",
+        "stages_wanted.py",
+        "units.py",
+    }
+)
 
 _PACKAGES = Path(__file__).parent.parent
 

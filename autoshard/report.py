@@ -28,7 +28,7 @@ def report(plan: Plan) -> str:
         arguments(plan),
         results(plan),
         lost(plan),
-        notes(plan),
+        notes(plan.notes),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -203,12 +203,12 @@ def hint_text(origin: str) -> str:
 # Notes
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(found: Sequence[str]) -> list[str]:
     """What the user should know, wrapped."""
-    if not plan.notes:
+    if not found:
         return []
     out = ["notes"]
-    for note in plan.notes[:_MOST_NOTES]:
+    for note in found[:_MOST_NOTES]:
         out += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
-    left = len(plan.notes) - _MOST_NOTES
+    left = len(found) - _MOST_NOTES
     return [*out, f"  and {left} more"] if left > 0 else out

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from autoshard.columns import bar, columns
 from autoshard.pipeline_data import timeline_of
+from autoshard.report import WIDTH, notes
 from autoshard.timeline_text import lines as timeline_lines
 from cost_models.units import format_bytes, format_flops, format_seconds
 from passes.ir.pipeline_plan import Piece, PipelinePlan
 from passes.pipeline.timeline import Timeline
 
-WIDTH = 100
-_MOST_LOST, _MOST_NOTES, _MOST_STAGES = 8, 4, 16
+_MOST_LOST, _MOST_STAGES = 8, 16
 
 
 def report(plan: PipelinePlan) -> str:
@@ -27,7 +27,7 @@ def report(plan: PipelinePlan) -> str:
         _pieces(plan),
         _timeline(timeline),
         _lost(plan),
-        _notes(plan),
+        notes(plan.notes),
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -107,13 +107,3 @@ def _lost(plan: PipelinePlan) -> list[str]:
     left = len(plan.alternatives) - _MOST_LOST
     more = [f"  and {left} more"] if left > 0 else []
     return ["instead of", *columns(rows, "llrrl", "  "), *more]
-
-
-def _notes(plan: PipelinePlan) -> list[str]:
-    if not plan.notes:
-        return []
-    out = ["notes"]
-    for note in plan.notes[:_MOST_NOTES]:
-        out += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
-    left = len(plan.notes) - _MOST_NOTES
-    return [*out, f"  and {left} more"] if left > 0 else out

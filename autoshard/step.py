@@ -12,10 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from autoshard.flat import Flat
 from autoshard.jax_compat import bind, open_jaxpr, scan_counts
 from autoshard.localize import local_params
-from autoshard.rewalk import Rewalk
-from autoshard.trace import BARRIER, REMAT, Path, solve_part
+from autoshard.trace import BARRIER, Path
 from passes.ir.graph import Op
 from passes.time_axis import Split, View
 from passes.time_loop import TimeLoop
@@ -52,32 +52,12 @@ def whole_of(stacked: Any, part: Split, shape: Shape) -> Any:
     return jnp.reshape(jnp.moveaxis(apart, 0, d + 1), shape)
 
 
-class Step(Rewalk):
+class Step(Flat):
     """What one step makes. time: which one it is, counted from 0."""
 
     def __init__(self, loop: TimeLoop, time: Any) -> None:
         self.loop, self.steps, self.time = loop, loop.steps, time
         self.ops: Mapping[Path, Op] = loop.by_path
-
-    def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
-        """The results of an equation, of parts or of whole operands, as this step sees them."""
-        name = eqn.primitive.name
-        if name in REMAT:
-            inner, consts = open_jaxpr(eqn.params["jaxpr"])
-            if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
-                operands = list(lax.optimization_barrier(tuple(operands)))
-            return self.walk(inner, consts, operands, path)
-        if name == "custom_linear_solve":
-            body, operands = solve_part(eqn, operands)
-            inner, consts = open_jaxpr(body)
-            return self.walk(inner, consts, operands, path)
-        if name == "scan":
-            return self.scan(eqn, operands, path)
-        if name == "while":
-            return self.while_loop(eqn, operands, path)
-        if name == "cond":
-            return self.cond(eqn, operands, path)
-        return super().equation(eqn, operands, path)
 
     def plain(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """An equation without a body."""

@@ -14,6 +14,7 @@ import zoo
 from pipeline_models import MODELS, filled, worst
 
 import autoshard
+from autoshard.cli_errors import NO_PLAN, USER, failure
 from autoshard.pipelined import PipelinedPlan
 from passes.ir.mesh import MeshError
 from passes.ir.plan import PlanError
@@ -168,8 +169,11 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 def test_what_can_not_be_is_refused_in_words(what: str) -> None:
     fn, args = small()
     kind, words, options = BAD[what]
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=words) as caught:
         pipelined(fn, *args, **{"stages": 2, **options})
+    told = failure(caught.value)
+    assert told.code in (NO_PLAN, USER)
+    assert told.sentence == str(caught.value)
 
 
 def test_a_function_without_a_batch() -> None:
