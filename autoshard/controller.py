@@ -12,11 +12,12 @@ table holds at its peak (`autoshard.in_flight`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
@@ -25,6 +26,8 @@ from autoshard.between_tasks import Shelf, donated, handed_on
 from autoshard.in_flight import InFlight
 from autoshard.jax_compat import Literal
 from autoshard.stacked import piece, put_together
+from autoshard.stacked_array import StackedArray
+from autoshard.stage_arguments import as_they_lie, donated_places, overwritten
 from autoshard.stage_layout import StageLayout, task_on_groups
 from autoshard.stage_notes import not_moved
 from autoshard.stage_prices import GROUPS
@@ -71,6 +74,7 @@ class Controller:
         self.ahead = ahead
         self.traced, self.schedule, self.stages = traced, schedule, stages
         self.program = Program(traced, loop)
+        self.places = {p: k for k, p in enumerate(self.program.inputs)}
         self.made: StagePrograms = stage_programs(self.program, stages)
         self.groups = loop.steps // schedule.microbatches
         inner = Mesh(("model",), (len(devices[0]) // self.groups,))
@@ -89,8 +93,14 @@ class Controller:
         self.notes = () if self.host else not_moved(schedule, timeline.peaks, self.limits)
         both = (*timeline.rows, *timeline.transfers)
         self.rows = sorted(both, key=lambda r: (r.start, r.end, r.device))
+        apart = self.made.stacked
+        self.lent = [
+            as_they_lie(self.program, outside_of(self.made.of(stage)), layout, apart)
+            for stage, layout in enumerate(self.layouts)
+        ]
         self.needed, prepare = zip(
-            *(self.made.prepare(stage, self.groups) for stage in range(stages.count)), strict=True
+            *(self.made.prepare(k, self.groups, lent) for k, lent in enumerate(self.lent)),
+            strict=True,
         )
         self.prepare = [
             [
@@ -101,8 +111,12 @@ class Controller:
         ]
         homes = {p: t.stage for t in self.made.tasks.values() for p in (*t.outs, *t.sums)}
         after = {p: homes[p] for p in self.made.after}
-        self.updating = update_groups(self.program, after, self.made.stacked)
-        self.updates = [self._update(g) for g in self.updating]
+        self.updating = update_groups(self.program, after, apart)
+        given = donated_places(self.program, traced.donated, apart)
+        self.overwritten = overwritten(self.program, self.updating, given, apart, self.layouts)
+        self.updates = [
+            self._update(g, over) for g, over in zip(self.updating, self.overwritten, strict=True)
+        ]
         self.between = handed_on(self.made)
         self.donated = {
             key: donated(
@@ -127,7 +141,11 @@ class Controller:
         own, layout = self.made.of(stage), self.layouts[stage]
         on = partial(jax.NamedSharding, mesh)
         return (
-            [on(layout.lying.get(p, jax.P())) for p in outside_of(own)],
+            [
+                on(layout.lying.get(p, jax.P()))
+                for p in outside_of(own)
+                if p not in self.lent[stage]
+            ],
             [on(jax.P(None, *layout.grouped(layout.parts.get(p)))) for p in parts_of_tasks(own)],
             [on(layout.grouped(layout.sums.get(p))) for p in sums_of(own)],
         )
@@ -142,14 +160,21 @@ class Controller:
         sums = [jax.NamedSharding(mesh, layout.grouped(layout.sums.get(p))) for p in task.sums]
         return jax.jit(run, donate_argnums=4, out_shardings=(outs, sums, None))
 
-    def _update(self, group: Group) -> Callable[..., Any]:
-        """The program of a part of what comes after the loop."""
+    def _update(self, group: Group, over: Sequence[int]) -> Callable[..., Any]:
+        """The program of a part of what comes after the loop. over: what it overwrites."""
         mesh, layout = self.meshes[0][group.stage], self.layouts[group.stage]
         wanted = [
             jax.NamedSharding(mesh, layout.whole[p]) if p in layout.whole else None
             for p in group.outs
         ]
-        return jax.jit(partial(run_group, self.program, group), out_shardings=wanted)
+
+        def run(given: Sequence[Any], kept: Sequence[Any], made: Any, ins: Any) -> list[Any]:
+            known = dict(zip(over, given, strict=True))
+            own = iter(kept)
+            inputs = [known[p] if p in known else next(own) for p in group.inputs]
+            return run_group(self.program, group, inputs, made, ins)
+
+        return jax.jit(run, donate_argnums=0, out_shardings=wanted)
 
     def _share(self, stage: int, other: int) -> bool:
         """Whether two stages have a device in common."""
@@ -161,14 +186,19 @@ class Controller:
         wanted = jax.NamedSharding(mesh, self.layouts[stage].whole.get(p, jax.P()))
         cut = self.made.stacked.cuts.get(p)
         if cut is not None:
-            return piece(flat[self.program.inputs.index(cut.argument)], cut, wanted)
-        return jax.device_put(flat[self.program.inputs.index(p)], wanted)
+            return piece(flat[self.places[cut.argument]], cut, wanted)
+        x = flat[self.places[p]]
+        return jax.device_put(jnp.asarray(x) if isinstance(x, StackedArray) else x, wanted)
 
     def __call__(self, *flat: Any) -> list[Any]:
         """The results of the function, flat."""
-        state = [
-            [self._prepared(way, stage, flat) for stage in range(self.stages.count)]
+        placed = [
+            [self._placed(way, stage, flat) for stage in range(self.stages.count)]
             for way in range(len(self.meshes))
+        ]
+        state = [
+            [self._prepared(way, stage, own) for stage, own in enumerate(each)]
+            for way, each in enumerate(placed)
         ]
         shelf = Shelf(self.between, self.made.after, self._send)
         self.flight = InFlight(self.limits, self.ahead)
@@ -178,19 +208,29 @@ class Controller:
                 continue
             for kind in "BW" if row.kind == "BW" else row.kind:
                 self._start(row, kind, state, shelf)
-        return self._after(flat, state, shelf)
+        return self._after(flat, placed[0], state, shelf)
 
     def _send(self, place: int, x: Any, microbatch: int, stage: int) -> Any:
         layout, mesh = self.layouts[stage], self.meshes[self.schedule.way_of[microbatch]][stage]
         wanted = jax.NamedSharding(mesh, layout.grouped(layout.local.get(place)))
         return x if x.sharding == wanted else jax.device_put(x, wanted)
 
-    def _prepared(self, way: int, stage: int, flat: Sequence[Any]) -> _OnStage:
-        own, mesh = self.made.of(stage), self.meshes[way][stage]
-        placed = [self._argument(p, flat, stage, mesh) for p in self.needed[stage]]
-        outside, parts, sums = self.prepare[way][stage](*placed)
+    def _placed(self, way: int, stage: int, flat: Sequence[Any]) -> dict[int, Any]:
+        """The arguments, and slices of them, that a stage needs, each one time."""
+        needed = dict.fromkeys((*self.lent[stage], *self.needed[stage]))
+        if way == 0:
+            own = (g for g in self.updating if g.stage == stage)
+            needed.update(dict.fromkeys(p for g in own for p in g.inputs))
+        return {p: self._argument(p, flat, stage, self.meshes[way][stage]) for p in needed}
+
+    def _prepared(self, way: int, stage: int, placed: Mapping[int, Any]) -> _OnStage:
+        own = self.made.of(stage)
+        lent = {p: placed[p] for p in self.lent[stage]}
+        needed = [placed[p] for p in self.needed[stage]]
+        outside, parts, sums = self.prepare[way][stage](*needed)
+        computed = [p for p in outside_of(own) if p not in lent]
         return _OnStage(
-            dict(zip(outside_of(own), outside, strict=True)),
+            {**lent, **dict(zip(computed, outside, strict=True))},
             dict(zip(parts_of_tasks(own), parts, strict=True)),
             dict(zip(sums_of(own), sums, strict=True)),
         )
@@ -246,17 +286,20 @@ class Controller:
     def _after(
         self,
         flat: Sequence[Any],
+        placed: Sequence[Mapping[int, Any]],
         state: Sequence[Sequence[_OnStage]],
         shelf: Shelf,
     ) -> list[Any]:
         """What comes after the loop; each result on the stage that makes it."""
         found: dict[int, Any] = dict(zip(self.program.inputs, flat, strict=True))
-        for group, run in zip(self.updating, self.updates, strict=True):
+        for group, over, run in zip(self.updating, self.overwritten, self.updates, strict=True):
             mesh = self.meshes[0][group.stage]
             send = partial(_sent, mesh=mesh)
             made = [list(map(send, self._made(p, state, shelf))) for p in group.made]
+            own = placed[group.stage]
             outs = run(
-                [self._argument(p, flat, group.stage, mesh) for p in group.inputs],
+                [own[p] for p in over],
+                [own[p] for p in group.inputs if p not in over],
                 made,
                 [_sent(found[p], mesh, whole=True) for p in group.ins],
             )

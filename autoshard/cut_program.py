@@ -8,6 +8,7 @@ from typing import Any
 
 from autoshard.after_stages import Group, update_groups
 from autoshard.in_stages import Staged, Weigh, flops_of, in_stages
+from autoshard.stage_arguments import donated_places
 from autoshard.stage_programs import StagePrograms, stage_programs
 from autoshard.state import state_pairs
 from autoshard.time_loop import Program
@@ -70,8 +71,7 @@ def _arguments(
     """State, donated places and names."""
     graph = staged.traced.graph
     names = {p: graph.values[v].name for p, v in zip(program.inputs, graph.inputs, strict=True)}
-    given = zip(program.inputs, staged.traced.donated, strict=True)
-    donated = {p for p, flag in given if flag}
+    donated = donated_places(program, staged.traced.donated, made.stacked)
     results = dict(zip(graph.outputs, program.outputs, strict=True))
     inputs = dict(zip(graph.inputs, program.inputs, strict=True))
     cuts: dict[int, dict[tuple[int, int], int]] = {}
@@ -89,6 +89,4 @@ def _arguments(
             state.update(zip(own, parts, strict=True))
     for p, cut in made.stacked.cuts.items():
         names[p] = names[cut.argument]
-        if cut.argument in donated:
-            donated.add(p)
-    return state, frozenset(donated), names
+    return state, donated, names

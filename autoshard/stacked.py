@@ -2,8 +2,7 @@
 
 Where scans over layers are cut (`autoshard.scan_pieces`), a stage takes a slice of a stacked
 argument, and a stacked result is put together of what the stages have updated. Neither is computed:
-a slice goes to the stage that needs it, and a result stays where its pieces are, as one array over
-the devices of all stages, where that is possible (`put_together`).
+a slice goes to the stage that needs it, and a result stays where its pieces are (`put_together`).
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from autoshard.stacked_array import StackedArray
 from autoshard.time_loop import Equation, Program
 
 STAGE = "stage"  # the mesh axis over all stages
@@ -65,6 +64,8 @@ def stacked(program: Program) -> Stacked:
 
 def piece(x: Any, cut: Cut, sharding: jax.NamedSharding) -> Any:
     """A slice of an argument, where it is needed; as it is where it lies there already."""
+    if isinstance(x, StackedArray):
+        return jax.device_put(x.part(cut.begin, cut.end), sharding)
     if isinstance(x, jax.Array) and isinstance(x.sharding, jax.NamedSharding):
         wanted = sharding.addressable_devices
         lying = {s.device: s for s in x.addressable_shards if s.device in wanted}
@@ -80,17 +81,18 @@ def piece(x: Any, cut: Cut, sharding: jax.NamedSharding) -> Any:
     return jax.device_put(x[cut.begin : cut.end], sharding)
 
 
-def put_together(parts: Sequence[jax.Array]) -> jax.Array:
-    """Pieces, each on the devices of its stage, as one array.
+def put_together(parts: Sequence[jax.Array]) -> jax.Array | StackedArray:
+    """Pieces, each on the devices of its stage, as one array; nothing is moved.
 
-    Where they are as long as one another, and split alike, nothing is moved.
+    One over the devices of all stages, where each stage has one piece, and these are as long as one
+    another and split alike; else a StackedArray.
     """
     shardings = [x.sharding for x in parts if isinstance(x.sharding, jax.NamedSharding)]
     devices = [d for s in shardings for d in s.mesh.devices.flat]
     forms = {(x.shape, s.spec, s.mesh.devices.shape) for x, s in zip(parts, shardings, strict=True)}
     spec = tuple(shardings[0].spec)
     if len(set(devices)) < len(devices) or len(forms) > 1 or (spec and spec[0] is not None):
-        return jnp.concatenate([jax.device_put(x, shardings[0]) for x in parts])
+        return StackedArray(tuple(parts))
     meshes = np.stack([s.mesh.devices for s in shardings])
     mesh = jax.sharding.Mesh(meshes, (STAGE, *shardings[0].mesh.axis_names))
     whole = jax.NamedSharding(mesh, jax.P(STAGE, *spec[1:]))

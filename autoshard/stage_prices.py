@@ -20,6 +20,8 @@ from passes.held import held, lying_bytes, memory
 from passes.hints import hints_for, named
 from passes.ir.graph import Graph, Hint, Op
 from passes.ir.mesh import Mesh
+from passes.ir.plan import Axes
+from passes.ir.sharding import PARTIAL
 from passes.normalize import drop_dead
 from passes.priced import Priced
 from passes.reshard import waited_seconds
@@ -134,6 +136,7 @@ def told_apart(step: StageStep, traced: Traced, found: Found) -> StagePrice:
     begin, end = min(when), max(when) + 1
     lying = sum(h.nbytes for h in everything if h.begin <= begin and h.end >= end)
     places = _Places(step, priced, answer, loop, tasks)
+    found = replace(found, plan=replace(found.plan, values=places.asked(found.plan.values)))
     activation, kept = places.activations()
     inside, update = float(line[begin:end].max()), [*line[:begin], *line[end:]]
     rounds = step.microbatches
@@ -208,6 +211,14 @@ class _Places:
                 op = self.ops.get(barrier if len(task.outs) == 1 else (*barrier, "out", k))
                 if op is not None:
                     self.value[p] = op.outputs[0]
+
+    def asked(self, values: Sequence[Axes | None]) -> tuple[Axes | None, ...]:
+        """What XLA is asked for, and the sharding of all that one program hands on to another."""
+        out = list(values)
+        for v in self.value.values():
+            if PARTIAL not in self.answer.values[v]:
+                out[v] = self.answer.values[v]
+        return tuple(out)
 
     def bytes(self, value: int) -> float:
         """Bytes of a value on one device."""

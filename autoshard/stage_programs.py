@@ -7,7 +7,7 @@ and the sums with its own summands added. jax compiles it for the devices of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,13 +74,17 @@ class StagePrograms:
 
         return tuple(p for p in taken if p not in program.consts), run
 
-    def prepare(self, stage: int, groups: int) -> tuple[tuple[int, ...], Callable[..., Lying]]:
+    def prepare(
+        self, stage: int, groups: int, lent: Collection[int] = ()
+    ) -> tuple[tuple[int, ...], Callable[..., Lying]]:
         """Places of arguments or their slices, and from these to what lies there for all tasks.
 
-        Parts by microbatch and group; sums by group.
+        Parts by microbatch and group; sums by group. lent: what tasks take from outside, but is no
+        part of this.
         """
         own, program = self.of(stage), self.program
-        outside, parts, sums = outside_of(own), parts_of_tasks(own), sums_of(own)
+        outside = [p for p in outside_of(own) if p not in lent]
+        parts, sums = parts_of_tasks(own), sums_of(own)
         ahead, taken = closure([*outside, *(p for p, _ in parts)], self._before())
         inputs = tuple(p for p in taken if p not in program.consts)
 
