@@ -2,14 +2,16 @@
 
 A step of time is one operation of the flat program, in the order of `passes.schedule`. A value
 that a loop body reads from outside lives until the loop ends; what a scan stacks up exists from the
-loop's first step. An operation that XLA fuses into all its readers leaves nothing in memory; a
-donated argument and the result that takes its place are one buffer. Any other result has a buffer
-that lies there from the first step: XLA lends it to nobody (seen in compiled programs for TPU).
+loop's first step; what a loop carries is there from where it enters to its last reader in the body,
+whose result may take its place. An operation that XLA fuses into all its readers leaves nothing in
+memory; a donated argument and the result that takes its place are one buffer. Any other result has
+a buffer that lies there from the first step: XLA lends it to nobody (seen in compiled programs for
+TPU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from passes.compiler import PLAIN, Scheduler
@@ -60,18 +62,20 @@ def liveness(
         when[o] = step
     steps = len(order) + 1
     begin, end, home = _made(graph, when)
-    for op in graph.ops:
-        for v in op.inputs:
-            end[v] = max(end[v], _last_read(graph, op, home[v], when))
-    kept = {v.id for v in graph.values if v.kind == "constant"}
-    kept.update(v for v in graph.inputs if v not in graph.donated)  # the caller keeps them
-    for v in (*graph.outputs, *kept):
-        end[v] = steps
-    _convert_once(graph, casts, begin, end, when)
     stored = list(has_memory)
+    donated = {argument for argument, _ in aliases}
+    lent = set[int]()  # in the memory of a donated argument that the result gives back
+    for v, body, first in _carries(graph):
+        stored[v], home[v] = True, body
+        if first in donated:
+            lent.add(v)
+    _read(graph, when, home, end)
+    _convert_once(graph, casts, begin, end, when)
     _computed_again(graph, stored, end)
     for op in graph.ops:
-        _work_in_place(graph, op, stored, home, end, when[op.id])
+        _work_in_place(graph, op, stored, lent, home, end, when[op.id])
+    for v in lent:
+        stored[v] = False
     for given, result in aliases:
         end[given] = steps
         if result != given:
@@ -98,6 +102,28 @@ def _made(graph: Graph, when: Sequence[int]) -> tuple[list[int], list[int], list
     return begin, end, home
 
 
+def _read(graph: Graph, when: Sequence[int], home: Sequence[int], end: list[int]) -> None:
+    """Values live to their last reader; results, and what the caller keeps, to the end."""
+    for op in graph.ops:
+        for v in op.inputs:
+            end[v] = max(end[v], _last_read(graph, op, home[v], when))
+    kept = {v.id for v in graph.values if v.kind == "constant"}
+    kept.update(v for v in graph.inputs if v not in graph.donated)
+    for v in (*graph.outputs, *kept):
+        end[v] = len(graph.ops) + 1
+
+
+def _carries(graph: Graph) -> Iterator[tuple[int, int, int]]:
+    """Of what loops carry, as it enters, the region of the loop's body, and what enters."""
+    maker = {v: op for op in graph.ops for v in op.outputs}
+    for carry, after in graph.ties:
+        enter, following = maker.get(carry), maker.get(after)
+        if enter is None or following is None:
+            continue
+        if (enter.name, following.name) == ("loop_enter", "loop_next"):
+            yield carry, following.region, enter.inputs[0]
+
+
 def _convert_once(
     graph: Graph,
     casts: Sequence[WeightCast],
@@ -116,10 +142,10 @@ def _convert_once(
 
 
 def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> None:
-    """What is computed inside its readers keeps its operands alive."""
+    """What is computed inside its readers, or only enters a region, keeps its operands alive."""
     for op in reversed(graph.ops):
         for v in op.outputs:
-            if not stored[v] and not op.is_link:
+            if not stored[v] and op.name not in ("scan_slice", "scan_stack", "branch_join"):
                 for u in op.inputs:
                     end[u] = max(end[u], end[v])
 
@@ -128,12 +154,14 @@ def _work_in_place(
     graph: Graph,
     op: Op,
     stored: Sequence[bool],
+    lent: set[int],
     home: Sequence[int],
     end: list[int],
     step: int,
 ) -> None:
     """The result takes the place of an operand that nobody reads any more."""
-    if not (op.rule.fuses or op.name in IN_PLACE) or op.is_link:
+    carries = op.name in ("loop_enter", "loop_next")
+    if not carries and (op.is_link or not (op.rule.fuses or op.name in IN_PLACE)):
         return
     for result in op.outputs:
         nbytes = graph.values[result].type.nbytes
@@ -141,6 +169,8 @@ def _work_in_place(
             dies = stored[v] and end[v] == step + 1 and home[v] == op.region
             if dies and graph.values[v].type.nbytes == nbytes:
                 end[v] = step
+                if v in lent:
+                    lent.add(result)
                 break
 
 

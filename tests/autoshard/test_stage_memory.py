@@ -1,7 +1,7 @@
 """What lies on the devices of a pipeline while it runs: never more than the plan foresees."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def on_devices() -> Counter[int]:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """The most bytes on a device after any thing that a controller does, since last asked."""
     before = on_devices()
     most: Counter[int] = Counter()
@@ -55,7 +55,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
         most.clear()
         return found
 
-    yield asked
+    return asked
 
 
 @pytest.mark.parametrize(
