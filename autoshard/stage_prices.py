@@ -134,10 +134,11 @@ def told_apart(step: StageStep, traced: Traced, found: Found) -> StagePrice:
     line = memory(priced, everything)
     when = [priced.live.when[op.id] for op in priced.graph.ops if op.path[0] == loop]
     begin, end = min(when), max(when) + 1
-    lying = sum(h.nbytes for h in everything if h.begin <= begin and h.end >= end)
     places = _Places(step, priced, answer, loop, tasks)
     found = replace(found, plan=replace(found.plan, values=places.asked(found.plan.values)))
     activation, kept = places.activations()
+    gradients = places.gradients()
+    lying = gradients + sum(h.nbytes for h in everything if h.begin <= begin and h.end >= end)
     inside, update = float(line[begin:end].max()), [*line[:begin], *line[end:]]
     rounds = step.microbatches
     return StagePrice(
@@ -152,7 +153,7 @@ def told_apart(step: StageStep, traced: Traced, found: Found) -> StagePrice:
         max(0.0, float(max(update, default=0.0)) - lying),
         activation,
         min(kept, activation),
-        places.gradients(),
+        gradients,
         places.sent(),
     )
 
