@@ -7,29 +7,28 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from autoshard.blockwise import checked as checked_blocks
 from autoshard.blockwise import first_that_fits, that_may_help
-from autoshard.bound_plan import Plan, traced_for
-from autoshard.devices import cluster_here
-from autoshard.microbatches import batch_sizes, checked, fastest
+from autoshard.bound_plan import Plan, of_devices, traced_for
 from autoshard.parallelized import Parallelized
+from autoshard.pipelined import OUTER
 from autoshard.stages_wanted import checked_stages, plan_stages
 from autoshard.state import state_pairs
+from autoshard.time_axes import sized
+from autoshard.time_wanted import axes_over, check_names, of_pipeline
 from autoshard.trace import Traced
+from autoshard.wishes import Hints, Wishes
 from cost_models.cluster import Cluster
-from cost_models.cluster import cluster as read_cluster
-from cost_models.units import parse_bytes
 from passes.block_counts import Blocks
 from passes.hints import hints_for
+from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
+from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
-from passes.search import SOLVERS, NoFeasiblePlan, Progress, search
+from passes.search import NoFeasiblePlan, Progress, search
+from passes.time_hints import check_at_once, over_devices
 
-Hints = Mapping[str, Any]
 _FEW = 64  # devices on which one program for all of them is searched beside pipelines
 
 
@@ -45,6 +44,7 @@ def plan(
     fused_attention: bool = False,
     microbatches: int | str | None = None,
     blockwise: int | str | None = None,
+    time_axes: Mapping[str, int | str] | None = None,
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
@@ -60,7 +60,10 @@ def plan(
     by itself. microbatches: into how many parts the batch is cut, one after the other (gradient
     accumulation: the same numbers in less memory); "auto" for the fastest number that fits.
     blockwise: into how many blocks huge values are cut, such as the scores of attention, so that
-    they are never there as a whole; "auto" for as few as fit.
+    they are never there as a whole; "auto" for as few as fit. time_axes: name to size, or "auto",
+    of axes that run over the steps of loops; hints name them for dims of arguments as they name
+    axes of the mesh, and one that they do not name runs over the batch. microbatches=8 and
+    blockwise=4 are short for time_axes={"micro": 8, "block": 4}.
 
     stages: into how many stages of a pipeline fn is cut, or "auto" for the fastest number; the
     answer is then a PipelinedPlan, but for "auto" on up to 64 devices where one program for all of
@@ -74,39 +77,8 @@ def plan(
     ScheduleError, ValueError, TypeError.
     """
     options = {} if donate_argnums == () else {"donate_argnums": donate_argnums}
-    wishes = _Wishes(
-        cluster,
-        mesh,
-        hints,
-        memory_limit,
-        solver,
-        fused_attention,
-        microbatches,
-        blockwise,
-        stages,
-        schedule,
-        chunks,
-        progress,
-    )
+    wishes = Wishes.of(locals())
     return _plan(fn, args, {}, options, wishes)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Wishes:
-    """What a user asks of a plan, as in `plan`."""
-
-    cluster: str | Cluster | None
-    mesh: Mapping[str, int] | None
-    hints: Hints | None
-    memory_limit: float | str | None
-    solver: str
-    fused_attention: bool
-    microbatches: int | str | None
-    blockwise: int | str | None
-    stages: int | str | None
-    schedule: str | None
-    chunks: int | None
-    progress: Progress | None
 
 
 @contextmanager
@@ -127,65 +99,76 @@ def _plan(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
-    wishes: _Wishes,
+    wishes: Wishes,
 ) -> Plan:
-    if wishes.solver not in SOLVERS:
-        raise ValueError(f"unknown solver {wishes.solver!r}; there are {', '.join(SOLVERS)}")
-    if wishes.hints is not None and not isinstance(wishes.hints, Mapping):
-        raise TypeError(f"hints is a mapping of globs to specs, not {type(wishes.hints).__name__}")
-    microbatches, wanted = checked(wishes.microbatches), checked_blocks(wishes.blockwise)
-    hardware = _cluster(wishes.cluster)
-    if wishes.stages is not None:
-        with _no_collector():
-            found = _pipelined(fn, args, kwargs, jit_options, hardware, wishes)
-        alone = wishes.stages == "auto" and wishes.schedule is None and wishes.mesh is None
-        if not alone or hardware.devices > _FEW:
-            return found
-        return _faster(found, partial(_plan, fn, args, kwargs, jit_options), wishes)
-    for name in ("schedule", "chunks"):
-        if getattr(wishes, name) is not None:
-            raise ValueError(f"{name} is of a pipeline: give stages too, a number or 'auto'")
-    fixed = _mesh(wishes.mesh, hardware)
+    wishes.check()
+    hardware = wishes.hardware
     with _no_collector():
-        traced = traced_for(fn, args, kwargs, jit_options)
+        if wishes.stages is None:
+            return _one_program(fn, args, kwargs, jit_options, hardware, wishes)
+        found = _pipelined(fn, args, kwargs, jit_options, hardware, wishes)
+    alone = wishes.stages == "auto" and wishes.schedule is None and wishes.mesh is None
+    if not alone or hardware.devices > _FEW:
+        return found
+    return _faster(found, partial(_plan, fn, args, kwargs, jit_options), wishes)
 
-        def in_parts(count: int) -> Plan:
-            cut = traced if count == 1 else traced_for(fn, args, kwargs, jit_options, count)
 
-            def in_such(blocks: Blocks) -> Plan:
-                again = traced_for(fn, args, kwargs, jit_options, count, blocks) if blocks else cut
-                return _search(fn, again, hardware, fixed, wishes, count, blocks)
+def _one_program(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    jit_options: Mapping[str, Any],
+    hardware: Cluster,
+    wishes: Wishes,
+) -> Plan:
+    """The plan of one program for all devices, over time axes and in blocks as asked for."""
+    time, fixed = wishes.time, wishes.mesh_on(hardware)
+    check_names(time, () if fixed is None else fixed.names)
+    traced = traced_for(fn, args, kwargs, jit_options)
+    hints = _hints(fn, traced.graph, wishes)
 
-            return _blockwise(in_such, wanted, cut, hardware, wishes)
+    def over(axes: tuple[TimeAxis, ...]) -> Plan:
+        if fixed is not None:
+            check_at_once(traced.graph, hints, axes, fixed)
+        if any(axis.size > 1 for axis in axes):
+            cut = traced_for(fn, args, kwargs, jit_options, axes)
+        else:
+            cut = of_devices(traced, time.names)
 
-        if isinstance(microbatches, str):
-            sizes = batch_sizes(traced)
-            return fastest(in_parts, lambda p: p.cost.step_time, sizes, wishes.progress)
-        return in_parts(microbatches)
+        def in_such(blocks: Blocks) -> Plan:
+            again = traced_for(fn, args, kwargs, jit_options, axes, blocks) if blocks else cut
+            return _search(fn, again, hardware, fixed, wishes, axes, blocks)
+
+        return _blockwise(in_such, cut, hardware, wishes)
+
+    axes = axes_over(traced.graph, hints, time)
+    return sized(axes, over, lambda p: p.cost.step_time, traced, wishes.progress)
+
+
+def _hints(fn: Callable[..., Any], graph: Graph, wishes: Wishes) -> tuple[Hint, ...]:
+    """All hints: those in the function, those that a parallelized one brings, and those given."""
+    own = fn.hints if isinstance(fn, Parallelized) else {}
+    return (*graph.hints, *hints_for(graph, {**own, **(wishes.hints or {})}))
 
 
 def _blockwise(
-    in_such: Callable[[Blocks], Plan],
-    wanted: Blocks | Literal["auto"],
-    traced: Traced,
-    hardware: Cluster,
-    wishes: _Wishes,
+    in_such: Callable[[Blocks], Plan], traced: Traced, hardware: Cluster, wishes: Wishes
 ) -> Plan:
     """The plan in so many blocks, or in as few as fit. traced: without blocks."""
+    wanted = wishes.time.blocks
 
     def peak(found: Plan) -> float:
         return found.cost.peak_memory
 
     if isinstance(wanted, str):
-        limit = _limit(wishes)
-        return first_that_fits(in_such, peak, traced, hardware, limit, wishes.progress)
+        return first_that_fits(in_such, peak, traced, hardware, wishes.limit, wishes.progress)
     try:
         return in_such(wanted)
     except NoFeasiblePlan as error:
         raise error if wanted else that_may_help(error, traced) from None
 
 
-def _faster(found: Plan, ask: Callable[[_Wishes], Plan], wishes: _Wishes) -> Plan:
+def _faster(found: Plan, ask: Callable[[Wishes], Plan], wishes: Wishes) -> Plan:
     """The pipeline that was found, or one program for all devices where that is faster."""
     try:
         whole = ask(dataclasses.replace(wishes, stages=None, chunks=None))
@@ -200,14 +183,13 @@ def _pipelined(
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
     hardware: Cluster,
-    wishes: _Wishes,
+    wishes: Wishes,
 ) -> Plan:
     """The plan of a pipeline."""
-    if wishes.blockwise is not None:
-        raise ValueError("blockwise does not go with stages: give one of them")
-    microbatches = checked("auto" if wishes.microbatches is None else wishes.microbatches)
-    _mesh(wishes.mesh, hardware)
+    fixed = wishes.mesh_on(hardware)
+    check_names(wishes.time, OUTER if fixed is None else (*OUTER, *fixed.names))
     traced = traced_for(fn, args, kwargs, jit_options)
+    over = of_pipeline(wishes.time, _hints(fn, traced.graph, wishes), traced.graph)
     own: Mapping[str, Any] = {}
     if isinstance(fn, Parallelized):
         jit_options, own, fn = {**fn.options, **jit_options}, fn.hints, fn.fn
@@ -219,12 +201,12 @@ def _pipelined(
         traced,
         hardware,
         stages=checked_stages(wishes.stages),
-        microbatches=None if isinstance(microbatches, str) else microbatches,
+        over=over,
         schedule=wishes.schedule,
         chunks=wishes.chunks,
         mesh=wishes.mesh,
         hints={**own, **(wishes.hints or {})},
-        limit=_limit(wishes),
+        limit=wishes.limit,
         solver=wishes.solver,
         fused_attention=wishes.fused_attention,
         progress=wishes.progress,
@@ -236,56 +218,30 @@ def _search(
     traced: Traced,
     hardware: Cluster,
     fixed: Mesh | None,
-    wishes: _Wishes,
-    microbatches: int,
+    wishes: Wishes,
+    axes: tuple[TimeAxis, ...],
     blocks: Blocks,
 ) -> Plan:
-    """The plan for a traced function."""
-    graph = traced.graph
+    """The plan for a function traced over these time axes and in such blocks."""
+    names = wishes.time.names
     if traced.required_mesh is not None:
         fixed = _manual_mesh(traced, fixed, hardware)
-    own = fn.hints if isinstance(fn, Parallelized) else {}
-    wanted = (*graph.hints, *hints_for(graph, {**own, **(wishes.hints or {})}))
+        check_names(wishes.time, fixed.names)
     again = partial(
         search,
-        graph,
+        traced.graph,
         hardware,
-        hints=wanted,
-        memory_limit=_limit(wishes),
+        hints=over_devices(_hints(fn, traced.graph, wishes), names),
+        memory_limit=wishes.limit,
         state=state_pairs(traced),
         fused_attention=wishes.fused_attention,
+        time_axes=names,
     )
     found = again(mesh=fixed, solver=wishes.solver, progress=wishes.progress)
     data = dataclasses.replace(
-        found.plan, microbatches=microbatches, blocks=blocks.count, block_bytes=blocks.nbytes
+        found.plan, time_axes=axes, blocks=blocks.count, block_bytes=blocks.nbytes
     )
     return Plan(data, traced, found, again)
-
-
-def _limit(wishes: _Wishes) -> float | None:
-    return None if wishes.memory_limit is None else float(parse_bytes(wishes.memory_limit))
-
-
-def _cluster(spec: str | Cluster | None) -> Cluster:
-    if spec is None:
-        return cluster_here()
-    if not isinstance(spec, str | Cluster):
-        raise TypeError(f"cluster is text such as 'cpu:8', or a Cluster, not {spec!r}")
-    return read_cluster(spec) if isinstance(spec, str) else spec
-
-
-def _mesh(mesh: Mapping[str, int] | None, cluster: Cluster) -> Mesh | None:
-    if mesh is None:
-        return None
-    if not isinstance(mesh, Mapping):
-        raise TypeError(f"mesh is a mapping such as {{'data': 4, 'model': 2}}, not {mesh!r}")
-    # numpy's whole numbers too, so that a size may be computed
-    out = Mesh.of({n: int(s) if isinstance(s, np.integer) else s for n, s in mesh.items()})
-    if out.devices != cluster.devices:
-        raise ValueError(
-            f"mesh {out} has {out.devices} devices, but the cluster {cluster} has {cluster.devices}"
-        )
-    return out
 
 
 def _manual_mesh(traced: Traced, fixed: Mesh | None, cluster: Cluster) -> Mesh:
@@ -314,6 +270,7 @@ def parallelize(
     fused_attention: bool = False,
     microbatches: int | str | None = None,
     blockwise: int | str | None = None,
+    time_axes: Mapping[str, int | str] | None = None,
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
@@ -332,21 +289,9 @@ def parallelize(
     }
     options = {name: given for name, given in named.items() if given not in (None, ())}
 
+    wishes = Wishes.of(locals())
+
     def make(step: Parallelized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
-        wishes = _Wishes(
-            cluster,
-            mesh,
-            hints,
-            memory_limit,
-            solver,
-            fused_attention,
-            microbatches,
-            blockwise,
-            stages,
-            schedule,
-            chunks,
-            progress,
-        )
         return _plan(step, args, kwargs, {}, wishes)
 
     def wrap(fn: Callable[..., Any]) -> Parallelized:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -34,15 +34,6 @@ P = TypeVar("P")
 
 _DEPTH = 12  # scans within scans and barriers, each of which hands on what lies further outside
 _SHARES = (64, 256, 1024)  # of a device's memory: a block's part of a huge value, one after another
-
-
-def checked(blockwise: object) -> Blocks | Literal["auto"]:
-    """What was asked for: "auto", or so many blocks; none for None."""
-    if blockwise is None or blockwise == "auto":
-        return Blocks() if blockwise is None else "auto"
-    if isinstance(blockwise, bool) or not isinstance(blockwise, int) or blockwise < 1:
-        raise ValueError(f"blockwise is a whole number from 1 on, or 'auto', not {blockwise!r}")
-    return Blocks(count=blockwise)
 
 
 @dataclass(frozen=True)

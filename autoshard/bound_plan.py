@@ -15,18 +15,19 @@ from autoshard.blockwise import in_blocks
 from autoshard.jit_options import check_arguments
 from autoshard.lower import constrained
 from autoshard.mesh import device_mesh, lowering_platform, partition_spec
-from autoshard.microbatches import in_microbatches
 from autoshard.parallelized import Parallelized
 from autoshard.placement import placed
 from autoshard.state import state_pairs
+from autoshard.time_axes import begun, in_steps_of
 from autoshard.trace import Traced, trace
 from cost_models.cluster import Cluster
 from passes.block_counts import NO_BLOCKS, Blocks
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
-from passes.ir.plan import PlanError
+from passes.ir.plan import PlanError, TimeAxis
 from passes.normalize import drop_dead, merge_same
 from passes.search import Found, Progress
+from passes.time_hints import over_devices
 
 if TYPE_CHECKING:
     from autoshard.verification import Verification
@@ -141,7 +142,7 @@ class Plan:
     def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         """The same plan for this function, which must be the one it was made for (PlanError)."""
         blocks = Blocks(self.data.blocks, self.data.block_bytes)
-        traced = traced_for(fn, args, kwargs, {}, self.data.microbatches, blocks)
+        traced = traced_for(fn, args, kwargs, {}, self.data.time_axes, blocks)
         signature = ir.signature_of(traced.graph)
         if ir.fingerprint(signature) != self.data.fingerprint:
             found = "; ".join(ir.differences(self.data.signature, signature))
@@ -316,19 +317,20 @@ def traced_for(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     jit_options: Mapping[str, Any],
-    microbatches: int = 1,
+    time_axes: Sequence[TimeAxis] = (),
     blocks: Blocks = NO_BLOCKS,
 ) -> Traced:
-    """A function traced, one that does the same in microbatches and in blocks where asked for."""
+    """A function traced, one that does the same over time and in blocks where asked for."""
     if isinstance(fn, Parallelized):
         jit_options = {**fn.options, **jit_options}
         fn = fn.fn
     check_arguments(fn, args, kwargs, jit_options)
     traced = trace(fn, *args, **jit_options, **kwargs)
     notes: tuple[str, ...] = ()
-    if microbatches > 1:
-        cut, notes = in_microbatches(fn, traced, microbatches, jit_options)
-        traced = trace(cut, *args, **jit_options, **kwargs)
+    loops = [begun(traced, axis) for axis in time_axes if axis.size > 1]
+    for loop in reversed(loops):  # the innermost first
+        cut, more = in_steps_of(fn, traced, loop, jit_options)
+        traced, notes = trace(cut, *args, **jit_options, **kwargs), (*more, *notes)
     if blocks:
         cut, more = in_blocks(fn, traced, blocks, jit_options)
         traced, notes = trace(cut, *args, **jit_options, **kwargs), (*notes, *more)
@@ -336,7 +338,14 @@ def traced_for(
         noted = dataclasses.replace(traced.graph, notes=(*notes, *traced.graph.notes))
         traced = dataclasses.replace(traced, graph=noted)
     graph, same = merge_same(traced.graph)
-    return dataclasses.replace(traced, graph=drop_dead(graph), same=same)
+    traced = dataclasses.replace(traced, graph=drop_dead(graph), same=same)
+    return of_devices(traced, [axis.name for axis in time_axes])
+
+
+def of_devices(traced: Traced, time_axes: Sequence[str]) -> Traced:
+    """The same function, its annotations without the names of time axes."""
+    left = over_devices(traced.graph.hints, time_axes)
+    return dataclasses.replace(traced, graph=dataclasses.replace(traced.graph, hints=left))
 
 
 def donating(traced: Traced, donated: Sequence[int]) -> Traced:

@@ -82,6 +82,7 @@ def plan_command(
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
+    time_axis: cli_options.TimeAxes = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -108,10 +109,9 @@ def plan_command(
     for file in (json, dump_problem):
         if file is not None:
             _check_writable(file)
+    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
     staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(
-        target, cluster, mesh, hint, solver, memory_limit, donate, microbatches, blockwise, staged
-    )
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, over_time, staged)
     if json is not None:
         atomic_file.write(json, found.to_json())
     if dump_problem is not None:
@@ -142,6 +142,7 @@ def run_command(
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
+    time_axis: cli_options.TimeAxes = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -163,6 +164,7 @@ def run_command(
     from autoshard.virtual_devices import prepare
 
     hardware = prepare(cluster)
+    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
     from autoshard import same_numbers
     from autoshard.api import plan
 
@@ -179,8 +181,7 @@ def run_command(
             donate_argnums=tuple(donate or ()),
             memory_limit=memory_limit,
             solver=solver,
-            microbatches=cli_options.as_number(microbatches),
-            blockwise=cli_options.as_number(blockwise),
+            **over_time.options(),
             **cli_options.Staged(stages, schedule, chunks).options(),
             progress=tell,
         )
@@ -210,7 +211,7 @@ def compare_command(
     del debug
     if stages is not None:
         return _compare_pipelines(target, cluster, mesh, hint, stages, memory_limit, donate)
-    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate, None, None)
+    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate)
     from passes.search import SOLVERS
 
     show(cli_tables.comparison(found.data, SOLVERS))
@@ -230,15 +231,15 @@ def explain_command(
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
+    time_axis: cli_options.TimeAxes = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     debug: Debug = False,
 ) -> int:
     """Say why a value is split so, and what else costs."""
     del debug
-    found = _plan(
-        target, cluster, mesh, hint, solver, memory_limit, donate, microbatches, blockwise
-    )
+    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, over_time)
     with progress("explaining"):
         text = found.explain(glob)
     show(text)
@@ -255,6 +256,7 @@ def verify_command(
     solver: Solver = "ilp",
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
+    time_axis: cli_options.TimeAxes = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -271,10 +273,9 @@ def verify_command(
     from autoshard.virtual_devices import prepare_compiler
 
     hardware = prepare_compiler(cluster)
+    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
     staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(
-        target, hardware, mesh, hint, solver, memory_limit, donate, microbatches, blockwise, staged
-    )
+    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate, over_time, staged)
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
@@ -436,8 +437,7 @@ def _plan(
     solver: str,
     memory_limit: str | None,
     donate: list[int] | None,
-    microbatches: str | None,
-    blockwise: str | None,
+    over_time: cli_options.OverTime = cli_options.AT_ONCE,
     stages: cli_options.Staged = cli_options.UNSTAGED,
 ) -> Plan:
     """Load the target and plan it."""
@@ -445,7 +445,7 @@ def _plan(
 
     # Before the target is loaded: it is quick.
     hardware = read_cluster(cluster) if isinstance(cluster, str) else cluster
-    axes, hints = _mesh(mesh), _hints(hint)
+    axes, hints, options = _mesh(mesh), _hints(hint), {**over_time.options(), **stages.options()}
     fn, args = load(target)
     from autoshard.api import plan
 
@@ -459,9 +459,7 @@ def _plan(
             donate_argnums=tuple(donate or ()),
             memory_limit=memory_limit,
             solver=solver,
-            microbatches=cli_options.as_number(microbatches),
-            blockwise=cli_options.as_number(blockwise),
-            **stages.options(),
+            **options,
             progress=tell,
         )
 

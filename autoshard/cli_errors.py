@@ -45,11 +45,12 @@ _MEANT_BY_NAME = frozenset(
 _CHECKS = frozenset(
     {
         "api.py",
-        "blockwise.py",
+        "cli_options.py",
         "jit_options.py",
-        "microbatches.py",
         "stages_wanted.py",
+        "time_wanted.py",
         "units.py",
+        "wishes.py",
     }
 )
 

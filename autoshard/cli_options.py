@@ -85,6 +85,14 @@ Blockwise = Annotated[
         metavar="NUMBER",
     ),
 ]
+TimeAxes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--time-axis",
+        help="an axis over the steps of a loop, micro=8 or micro=auto; may be repeated",
+        metavar="NAME=NUMBER",
+    ),
+]
 InStages = Annotated[
     str | None,
     typer.Option(
@@ -133,6 +141,30 @@ def as_number(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
+class OverTime(NamedTuple):
+    """What is asked of time."""
+
+    microbatches: str | None = None
+    blockwise: str | None = None
+    time_axes: list[str] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """For `autoshard.plan`. Raises ValueError for what is no axis."""
+        axes: dict[str, int | str | None] = {}
+        for text in self.time_axes or ():
+            name, sign, size = text.partition("=")
+            if not (name and sign and size):
+                raise ValueError(f"cannot read --time-axis {text!r}; write NAME=NUMBER: micro=8")
+            if name in axes:
+                raise ValueError(f"--time-axis {name!r} is given twice; remove one")
+            axes[name] = as_number(size)
+        return {
+            "microbatches": as_number(self.microbatches),
+            "blockwise": as_number(self.blockwise),
+            "time_axes": axes if self.time_axes else None,
+        }
+
+
 class Staged(NamedTuple):
     """What is asked of stages."""
 
@@ -145,4 +177,5 @@ class Staged(NamedTuple):
         return {**self._asdict(), "stages": as_number(self.stages)}
 
 
+AT_ONCE = OverTime()
 UNSTAGED = Staged()

@@ -11,8 +11,10 @@ from autoshard.in_stages import Staged, Weigh, flops_of, in_stages
 from autoshard.stage_arguments import donated_places
 from autoshard.stage_programs import StagePrograms, stage_programs
 from autoshard.state import state_pairs
+from autoshard.time_axes import BATCH
 from autoshard.time_loop import Program
 from autoshard.trace import Traced
+from passes.ir.plan import TimeAxis
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ def cut_program(
     options: Mapping[str, Any],
     *,
     steps: int,
+    over: TimeAxis = BATCH,
     pieces: int,
     apart: bool,
     weigh: Weigh = flops_of,
     given: Traced | None = None,
 ) -> CutProgram:
-    """A function in so many steps and pieces. apart, weigh, given: as of `in_stages`.
+    """A function in so many steps and pieces. over, apart, weigh, given: as of `in_stages`.
 
     Raises NoTimeLoop and NoStages.
     """
@@ -53,6 +56,7 @@ def cut_program(
         kwargs,
         options,
         microbatches=steps,
+        over=over,
         count=pieces,
         apart=apart,
         weigh=weigh,

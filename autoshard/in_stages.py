@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from autoshard.jit_options import dynamic_leaves
-from autoshard.microbatches import batch_of
 from autoshard.scan_apart import weights_apart
 from autoshard.scan_pieces import in_pieces
+from autoshard.time_axes import BATCH, begun, loop_over
 from autoshard.trace import Traced, trace
 from passes.ir.graph import Graph
-from passes.microbatch_loop import microbatch_loop
+from passes.ir.plan import TimeAxis
 from passes.stages import Stages, stages_of
 from passes.time_loop import TimeLoop
 
@@ -62,6 +62,7 @@ def in_stages(
     options: Mapping[str, Any],
     *,
     microbatches: int,
+    over: TimeAxis = BATCH,
     count: int,
     apart: bool = True,
     weigh: Weigh = flops_of,
@@ -69,13 +70,14 @@ def in_stages(
 ) -> Staged:
     """A function in so many stages and microbatches. options: those of `jax.jit`.
 
-    apart: whether the gradients of weights are tasks of their own; else all that is backward is B.
-    weigh: how much each operation of a graph takes, by which stages are made even. given: what
-    `pieced` gives, where that is known. Raises NoTimeLoop and NoStages.
+    over: what the microbatches are of, whatever its size. apart: whether the gradients of weights
+    are tasks of their own; else all that is backward is B. weigh: how much each operation of a
+    graph takes, by which stages are made even. given: what `pieced` gives, where that is known.
+    Raises NoTimeLoop and NoStages.
     """
 
     def loop_of(traced: Traced) -> TimeLoop:
-        return microbatch_loop(traced.graph, batch_of(traced), microbatches, traced.deciders)
+        return loop_over(traced, begun(traced, replace(over, size=microbatches)))
 
     traced = given or pieced(fn, args, kwargs, options, count=count, weigh=weigh)
     if apart:

@@ -22,12 +22,14 @@ from autoshard.cut_program import CutProgram, cut_program
 from autoshard.in_stages import pieced
 from autoshard.stage_prices import StagePrice, price_stage, traced_stage
 from autoshard.stage_step import stage_step
+from autoshard.time_axes import BATCH
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from cost_models.collectives import seconds
 from cost_models.topology import AxisLink, lay
 from cost_models.units import format_bytes
 from passes.ir.mesh import Mesh
+from passes.ir.plan import TimeAxis
 from passes.op_seconds import op_seconds
 from passes.pipeline.published import OfPieces, timeline_of
 from passes.pipeline.stage_costs import StageCosts
@@ -112,10 +114,11 @@ class PipelineCosts:
         hints: Mapping[str, Any] | None = None,
         fused_attention: bool = False,
         solver: str = "ilp",
+        over: TimeAxis = BATCH,
     ) -> None:
         self.call = fn, args, kwargs, options
         self.cluster, self.limit, self.hints = cluster, limit, dict(hints or {})
-        self.fused_attention, self.solver = fused_attention, solver
+        self.fused_attention, self.solver, self.over = fused_attention, solver, over
         self.weigh = partial(op_seconds, cluster=cluster, fused_attention=fused_attention)
         self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
         self.pieced: dict[int, Traced] = {}
@@ -131,6 +134,7 @@ class PipelineCosts:
             self.cuts[key] = cut_program(
                 *self.call,
                 steps=form.steps,
+                over=self.over,
                 pieces=form.pieces,
                 apart=form.apart,
                 weigh=self.weigh,
@@ -180,6 +184,7 @@ class PipelineCosts:
                 self.hints,
                 self.fused_attention,
                 self.solver,
+                self.over.name,
             )
         return self.planned[key]
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from autoshard.pipeline_costs import Pipeline
 from autoshard.pipeline_search import Searched
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
+from passes.dims_loop import dims_text
 from passes.ir.pipeline_plan import Piece, PipelinePlan, Table
-from passes.ir.plan import Alternative, Cost, Plan, fingerprint, signature_of
+from passes.ir.plan import Alternative, Cost, Plan, TimeAxis, fingerprint, signature_of
 from passes.pipeline.schedule import Place, Schedule, Task, Transfer
 from passes.pipeline.stage_costs import StageCosts
 from passes.pipeline.timeline import Timeline, simulate
 
 
 def as_plan(
-    found: Searched, traced: Traced, cluster: Cluster, limit: float, fused_attention: bool
+    found: Searched,
+    traced: Traced,
+    cluster: Cluster,
+    limit: float,
+    fused_attention: bool,
+    over: TimeAxis,
 ) -> PipelinePlan:
-    """The plan of the best pipeline. traced: the function as the user wrote it."""
+    """The plan of the best pipeline. traced: the function as the user wrote it. over: the axis of
+    its microbatches, whatever its size.
+    """
     best, form = found.best, found.best.form
     plans: list[Plan] = []
     pieces = []
@@ -53,6 +62,7 @@ def as_plan(
         groups=form.groups,
         mesh=tuple(form.mesh.as_dict().items()),
         microbatches=form.microbatches,
+        time_axis=replace(over, size=form.steps),
         apart=form.apart,
         table=_table(best.timeline.schedule),
         send=best.timeline.costs.send,
@@ -64,9 +74,15 @@ def as_plan(
         plans=tuple(plans),
         donated=tuple(k for k, given in enumerate(traced.donated) if given),
         alternatives=tuple(_alternatives(found)),
-        notes=(*_notes(found), *traced.graph.notes),
+        notes=(*_over(traced, over, form.steps), *_notes(found), *traced.graph.notes),
         fused_attention=fused_attention,
     )
+
+
+def _over(traced: Traced, axis: TimeAxis, steps: int) -> list[str]:
+    """What hints say that the microbatches are of."""
+    over = dims_text(traced.graph, axis.dims)
+    return [f"{axis.name}={steps} runs over {over}, the microbatches of all groups"] * bool(over)
 
 
 def cost_of(pipeline: Pipeline) -> Cost:

@@ -169,7 +169,8 @@ class PipelinedPlan(Plan):
             args,
             kwargs,
             {},
-            steps=data.microbatches * data.groups,
+            steps=data.time_axis.size,
+            over=data.time_axis,
             pieces=len(data.pieces),
             apart=data.apart,
             weigh=partial(

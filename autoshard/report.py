@@ -13,8 +13,11 @@ from autoshard.alike import Mirror, Path, Row, counterparts, local_bytes, mirror
 from autoshard.columns import bar, columns, cut
 from autoshard.report_costs import communication, lost
 from cost_models.units import format_bytes, format_flops, format_seconds
+from passes.dims_loop import over_dims
+from passes.hints import path_of
 from passes.ir.graph import short_dtype
 from passes.ir.plan import Plan, TensorPlan
+from passes.time_hints import BLOCK
 
 WIDTH = 100
 _MOST_ROWS, _MOST_RESULTS, _MOST_NOTES, _LEAST_PATH = 18, 6, 4, 24
@@ -48,8 +51,7 @@ def head(plan: Plan) -> list[str]:
     lines = [
         ("cluster", f"{cluster_name(plan)}, {devices} x {chip['name']}"),
         ("mesh", str(plan.mesh_axes)),
-        *[("batch", f"in {plan.microbatches} microbatches, one after the other")]
-        * (plan.microbatches > 1),
+        *[("time", over) for over in _over_time(plan)],
         (
             "step",
             f"{format_seconds(cost.step_time):>8}  {step}  {format_seconds(cost.compute_time)} "
@@ -75,6 +77,21 @@ def head(plan: Plan) -> list[str]:
         *(("compile", f"{k}={v}") for k, v in sorted(plan.compiler_options.items())),
     ]
     return [plan.name, *columns(lines, "ll", "  ")]
+
+
+def _over_time(plan: Plan) -> list[str]:
+    """`micro=8 over the batch`, for each axis that runs over time."""
+    names = [path_of(t.name) for t in plan.arguments]
+    lines = []
+    for axis in plan.time_axes:
+        over = over_dims(names, axis.dims) if axis.dims else "the batch"
+        lines += [f"{axis.name}={axis.size} over {over}"] * (axis.size > 1)
+    if plan.blocks > 1:
+        lines.append(f"{BLOCK}={plan.blocks} over huge values")
+    if plan.block_bytes:
+        most = format_bytes(plan.block_bytes)
+        lines.append(f"{BLOCK} over huge values, until one takes {most} on all devices together")
+    return lines
 
 
 def cluster_name(plan: Plan) -> str:

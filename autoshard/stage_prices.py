@@ -26,6 +26,7 @@ from passes.normalize import drop_dead
 from passes.priced import Priced
 from passes.reshard import waited_seconds
 from passes.search import Found, search
+from passes.time_hints import over_devices
 
 KINDS = ("F", "B", "W")
 GROUPS = "data"  # the mesh axis of the groups of a stage, each with its own part of the batch
@@ -91,11 +92,13 @@ def price_stage(
     hints: Mapping[str, Any] | None = None,
     fused_attention: bool = False,
     solver: str = "ilp",
+    time_axis: str = "",
 ) -> StagePrice:
     """A stage on a group of devices. state: from places of arguments to those that replace them.
 
     donated: places whose memory the update may use. limit: bytes per device for all but the
-    activations of other microbatches. Raises NoFeasiblePlan and HintError.
+    activations of other microbatches. time_axis: name of the axis of microbatches. Raises
+    NoFeasiblePlan and HintError.
     """
     graph = traced.graph
     inputs = dict(zip(step.arguments, graph.inputs, strict=False))
@@ -108,7 +111,7 @@ def price_stage(
         graph,
         cluster,
         mesh=mesh,
-        hints=without((*graph.hints, *own), ("stage", GROUPS)),
+        hints=without(over_devices((*graph.hints, *own), (time_axis,)), ("stage", GROUPS)),
         memory_limit=limit,
         state=pairs,
         fused_attention=fused_attention,

@@ -7,20 +7,22 @@ from dataclasses import replace
 from math import gcd
 from typing import Any
 
-from autoshard.microbatches import batch_sizes
 from autoshard.pipeline_costs import PipelineCosts
 from autoshard.pipeline_data import as_plan
 from autoshard.pipeline_search import Wanted, search_pipelines
 from autoshard.pipelined import OUTER, PipelinedPlan
 from autoshard.scan_pieces import layers_of
+from autoshard.time_axes import AUTO, BATCH, lengths
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from passes.hints import hints_for
 from passes.ir.mesh import Mesh, MeshError
+from passes.ir.plan import TimeAxis
 from passes.meshes import names_of
 from passes.microbatch_loop import NoTimeLoop
 from passes.pipeline.published import published
 from passes.search import Progress
+from passes.time_hints import over_devices
 
 _MANY = 10**6
 
@@ -43,7 +45,7 @@ def plan_stages(
     cluster: Cluster,
     *,
     stages: int | None,
-    microbatches: int | None,
+    over: TimeAxis = BATCH,
     schedule: str | None = None,
     chunks: int | None = None,
     mesh: Mapping[str, int] | None = None,
@@ -53,18 +55,21 @@ def plan_stages(
     fused_attention: bool = False,
     progress: Progress | None = None,
 ) -> PipelinedPlan:
-    """The best pipeline found. traced: of fn; stages and microbatches: None to search.
+    """The best pipeline found. traced: of fn; stages: None to search. over: the axis of the
+    microbatches, of the size AUTO to search.
 
     Raises NoFeasiblePlan, NoStages, NoTimeLoop, ScheduleError, HintError.
     """
     name = None if schedule in (None, "auto") else published(str(schedule)).name
     most = cluster.memory_limit if limit is None else limit
-    wanted = _wanted(traced, cluster, mesh, hints or {})
-    asked = {"stages": stages, "microbatches": microbatches, "schedule": name, "chunks": chunks}
+    wanted = _wanted(traced, cluster, mesh, hints or {}, over)
+    asked = {"stages": stages, "schedule": name, "chunks": chunks}
     given = {k: v for k, v in asked.items() if v is not None}
-    costs = PipelineCosts(fn, args, kwargs, options, cluster, most, hints, fused_attention, solver)
+    given |= {} if over.size == AUTO else {"microbatches": over.size}
+    call = fn, args, kwargs, options
+    costs = PipelineCosts(*call, cluster, most, hints, fused_attention, solver, over)
     found = search_pipelines(costs, _with(wanted, given), progress)
-    data = as_plan(found, traced, cluster, most, fused_attention)
+    data = as_plan(found, traced, cluster, most, fused_attention, over)
     return PipelinedPlan(data, found.best.cut)
 
 
@@ -76,11 +81,15 @@ def _with(wanted: Wanted, given: Mapping[str, Any]) -> Wanted:
 
 
 def _wanted(
-    traced: Traced, cluster: Cluster, mesh: Mapping[str, int] | None, hints: Mapping[str, Any]
+    traced: Traced,
+    cluster: Cluster,
+    mesh: Mapping[str, int] | None,
+    hints: Mapping[str, Any],
+    over: TimeAxis,
 ) -> Wanted:
     """What is known beforehand of the function, and asked for by its mesh."""
     graph = traced.graph
-    sizes = batch_sizes(traced)
+    sizes = lengths(traced, over)
     if not sizes:
         raise NoTimeLoop(
             f"{graph.name} has no batch dimension: no leading dim of an input splits its "
@@ -88,7 +97,7 @@ def _wanted(
         )
     flops = sum(op.rule.flops * graph.trips(op.region) for op in graph.ops)
     state = float(sum(graph.values[v].type.nbytes for v in graph.inputs))
-    own = (*graph.hints, *hints_for(graph, hints))
+    own = over_devices((*graph.hints, *hints_for(graph, hints)), (over.name,))
     axes = tuple(n for n in names_of(own) if n not in OUTER) or ("model",)
     fixed: dict[str, Any] = {"axes": axes}
     if mesh is not None:

@@ -8,7 +8,7 @@ Other inputs that the split reaches backwards (labels, masks) belong to the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from passes.ir.graph import Graph, Hint
 from passes.ir.mesh import Mesh
@@ -33,25 +33,32 @@ def find_batch(graph: Graph, state: Sequence[int]) -> tuple[int, ...]:
     # Whole numbers (tokens, labels, ids) first: a weight is none.
     order = sorted(alike.values(), key=lambda v: "int" not in graph.values[v].type.dtype)
     best = 0.0
-    reached: tuple[int, ...] = ()
+    found: tuple[int, ...] = ()
     for v in order[:_MOST]:
-        flops, inputs = _reach(graph, v, candidates)
+        parts = _smallest_factor(graph.values[v].shape[0])
+        flops, dims = reach(graph, {v: 0}, candidates, parts)
         if flops > best * 1.001:
-            best, reached = flops, inputs
-    return reached
+            best, found = flops, tuple(u for u, d in dims.items() if d == 0)
+    return found
 
 
-def _reach(graph: Graph, v: int, candidates: Sequence[int]) -> tuple[float, tuple[int, ...]]:
-    """FLOPs split when the leading dim of v is, and which candidates' leading dims are then."""
-    shape = graph.values[v].shape
-    mesh = Mesh(("batch",), (_smallest_factor(shape[0]),))
-    hint = Hint(v, (("batch",), *([None] * (len(shape) - 1))), "batch", 0, hard=False)
-    found = propagate(graph, mesh, [hint]).shardings
+def reach(
+    graph: Graph, seeds: Mapping[int, int], candidates: Sequence[int], parts: int
+) -> tuple[float, dict[int, int]]:
+    """FLOPs split when these dims of inputs are, and which dim of each candidate is then."""
+    mesh = Mesh(("batch",), (parts,))
+    hints = [_split(graph, v, dim) for v, dim in seeds.items()]
+    found = propagate(graph, mesh, hints).shardings
     total = 0.0
     for op in graph.ops:
         if any(found[u].axes[0] >= 0 for u in op.outputs):
             total += op.rule.flops * graph.trips(op.region)
-    return total, tuple(u for u in candidates if found[u].axes == (0,))
+    return total, {u: found[u].axes[0] for u in candidates if found[u].axes[0] >= 0}
+
+
+def _split(graph: Graph, v: int, dim: int) -> Hint:
+    dims = tuple(("batch",) if d == dim else None for d in range(len(graph.values[v].shape)))
+    return Hint(v, dims, "batch", 0, hard=False)
 
 
 def _smallest_factor(n: int) -> int:

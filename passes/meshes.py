@@ -14,19 +14,25 @@ from passes.ir.graph import Hint
 from passes.ir.mesh import Mesh
 
 AXIS_NAMES = ("data", "model", "seq")
+_SPARE = ("x", "y", "z")  # where time axes have such names
 
 
-def candidate_meshes(cluster: Cluster, names: Sequence[str] = ()) -> list[Mesh]:
+def candidate_meshes(
+    cluster: Cluster, names: Sequence[str] = (), taken: Sequence[str] = ()
+) -> list[Mesh]:
     """Factorisations of the device count into one to three axes, without those that are the same.
 
     names: axis names that hints use; every mesh then has them all, in this order, and splits
-    something along each unless the devices are too few.
+    something along each unless the devices are too few. taken: names of time axes.
     """
-    return _meshes(cluster, names, 2) or _meshes(cluster, names, 1)
+    own = [n for n in (*AXIS_NAMES, *_SPARE) if n not in taken][: len(AXIS_NAMES)]
+    return _meshes(cluster, names, own, 2) or _meshes(cluster, names, own, 1)
 
 
-def _meshes(cluster: Cluster, names: Sequence[str], least_size: int) -> list[Mesh]:
-    wanted = [*names, *(n for n in AXIS_NAMES if n not in names)]
+def _meshes(
+    cluster: Cluster, names: Sequence[str], own: Sequence[str], least_size: int
+) -> list[Mesh]:
+    wanted = [*names, *(n for n in own if n not in names)]
     least = max(1, len(names))
     out: list[Mesh] = []
     seen: set[object] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from passes.ir.graph import Graph
+from passes.ir.graph import Graph, Op
 from passes.time_axis import Split
 from passes.time_loop import Coupling, Path, TimeLoop, time_loop
 
@@ -41,15 +41,28 @@ def microbatch_loop(
     return found
 
 
-def coupled(loop: TimeLoop, coupling: Coupling) -> str:
-    """A coupling in words."""
+def coupled(loop: TimeLoop, coupling: Coupling, over: str = "the batch") -> str:
+    """A coupling in words. over: what the loop runs over."""
     graph = loop.graph
     op, value = graph.ops[coupling.op], graph.values[coupling.value]
     maker = graph.producers()[value.id]
     what = value.name or str(value.type)
     if maker >= 0:
         what += f" of {graph.ops[maker].name} at {graph.ops[maker].source or 'an unknown line'}"
+    where = op.source or "an unknown line"
     return (
-        f"{op.name} at {op.source or 'an unknown line'} needs, for each part of the batch, what "
-        f"the whole batch makes: {what}"
+        f"{_named(graph, op)} at {where} needs, for each part of {over}, what "
+        f"{_whole(over)} makes: {what}"
     )
+
+
+def _named(graph: Graph, op: Op) -> str:
+    """An operation, or the loop or branch to which a link belongs."""
+    if not op.is_link:
+        return op.name
+    around = next(r for r in reversed(graph.regions) if r.begin <= op.id < r.end)
+    return {"while_cond": "while", "while_body": "while"}.get(around.kind, around.kind)
+
+
+def _whole(over: str) -> str:
+    return f"the whole {over.removeprefix('the ')}" if over.startswith("the ") else f"all of {over}"

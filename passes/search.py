@@ -69,19 +69,20 @@ def search(
     solver: str = "ilp",
     state: Sequence[tuple[int, int]] = (),
     fused_attention: bool = False,
+    time_axes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Found:
     """The best plan found. graph: without dead code. hints: all of them, the graph's included.
 
     state: (input, output) pairs in which the output takes the input's place at the next step; they
     get one sharding, and share memory where the input is donated. memory_limit: bytes per device,
-    None for the cluster's. fused_attention: price attention as one kernel. Raises NoFeasiblePlan,
-    and HintError when hints fit none of the meshes.
+    None for the cluster's. fused_attention: price attention as one kernel. time_axes: names that no
+    axis of a mesh may have. Raises NoFeasiblePlan, and HintError when hints fit none of the meshes.
     """
     fused = attention(graph) if fused_attention else NONE
     limit = cluster.memory_limit if memory_limit is None else memory_limit
     setting = _setting(graph, cluster, hints, limit, state, fused)
-    meshes = [mesh] if mesh is not None else candidate_meshes(cluster, names_of(hints))
+    meshes = [mesh] if mesh is not None else candidate_meshes(cluster, names_of(hints), time_axes)
     if solver not in ("ilp", "propagate"):
         meshes = natural_meshes(solver, meshes)
     tell = progress or (lambda _: None)

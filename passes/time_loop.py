@@ -151,6 +151,7 @@ class _Follow:
         self.zeros = _zeros(graph)
         self.entries = {op.outputs[0]: op.inputs[0] for op in graph.ops if op.name == "loop_enter"}
         self.first_round = False
+        self.stuck: int | None = None  # the operation that can not run in steps, of an equation
         self.carries = {out: carry for carry, out in graph.ties}  # by what the next round gets
         self.carried = set(self.carries.values())
 
@@ -177,6 +178,7 @@ class _Follow:
         """Where one equation goes, and what becomes of its results."""
         outer = self.outer(unit)
         views = [self.views[v] for v in outer]
+        self.stuck = None
         if unit.ops[0].id in self.ahead:
             return self.all_are(unit, WHOLE, "before")
         if all(v is WHOLE for v in views):
@@ -231,7 +233,8 @@ class _Follow:
         parts = [v for v in outer if isinstance(self.views[v], Split)]
         sums = [v for v in outer if self.views[v] in (LATE, PARTIAL)]
         if parts:
-            self.couplings.append(Coupling(unit.ops[0].id, (sums or parts)[0]))
+            op = unit.ops[0].id if self.stuck is None else self.stuck
+            self.couplings.append(Coupling(op, (sums or parts)[0]))
 
     # operations inside the loop
 
@@ -243,7 +246,8 @@ class _Follow:
         entered: dict[int, View] = {}
         for k in range(_ROUNDS):
             before, self.first_round = dict(entered), k == 0
-            if not all(self.follow(op, entered) for op in unit.ops):
+            self.stuck = next((op.id for op in unit.ops if not self.follow(op, entered)), None)
+            if self.stuck is not None:
                 return False
             if entered == before and k:
                 return True

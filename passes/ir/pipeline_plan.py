@@ -14,9 +14,9 @@ from typing import Any
 
 from cost_models.cluster import Cluster
 from passes.ir.mesh import Mesh
-from passes.ir.plan import Alternative, Cost, Plan, PlanError, check_plan, read_as
+from passes.ir.plan import Alternative, Cost, Plan, PlanError, TimeAxis, check_plan, read_as
 
-VERSION = 1
+VERSION = 2
 MARK = '"pipeline_version"'  # stands in the JSON of each of them
 
 
@@ -63,7 +63,8 @@ class Table:
 class PipelinePlan:
     """The answer: stages x groups x mesh, the schedule, and what each piece of the model does.
 
-    mesh: axes that a group shards over. microbatches: of each group. apart: whether gradients of
+    mesh: axes that a group shards over. microbatches: of each group. time_axis:
+    over those of all groups. apart: whether gradients of
     weights are tasks of their own. send: seconds from a stage to the next. tails, memory: per
     device of the schedule, seconds after its last task, and bytes.
     """
@@ -77,6 +78,7 @@ class PipelinePlan:
     groups: int
     mesh: tuple[tuple[str, int], ...]
     microbatches: int
+    time_axis: TimeAxis
     apart: bool
     table: Table
     send: float

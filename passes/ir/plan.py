@@ -22,7 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.ir.text import hint_text
 
-VERSION = 6
+VERSION = 7
 Axes = tuple[int, ...]
 
 
@@ -122,16 +122,29 @@ class Reshard:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeAxis:
+    """A mesh axis that runs over the successive steps of a loop, not over devices.
+
+    dims: (place of an argument, dim) of what each step has a part of, as hints say; none for the
+    batch that is found (`passes.batch`).
+    """
+
+    name: str
+    size: int
+    dims: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The answer. values: per value of the graph its sharding, None where nothing is constrained.
 
     status: "optimal", "feasible" (with the gap to the bound) or "fixed" for a baseline. signature:
     per operation its name and types, from which the fingerprint is made. donated: places of the
     arguments whose memory the function may reuse. compiler_options: of XLA, for the program.
-    fused_attention: whether attention is priced as one kernel (`passes.attention`). microbatches:
-    into how many parts the batch is cut, which run one after the other (`passes.time_loop`).
-    blocks, block_bytes: into how many blocks huge values are cut, or how large a block is at most,
-    all devices together (`passes.block_counts`); 0 for neither.
+    fused_attention: whether attention is priced as one kernel (`passes.attention`). time_axes: over
+    the steps of loops, the outermost first (`passes.time_loop`). blocks, block_bytes: into how many
+    blocks huge values are cut, or how large a block is at most, all devices together
+    (`passes.block_counts`); 0 for neither.
     """
 
     name: str
@@ -154,7 +167,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     compiler_options: Mapping[str, str] = field(default_factory=dict)
     fused_attention: bool = False
-    microbatches: int = 1
+    time_axes: tuple[TimeAxis, ...] = ()
     blocks: int = 0
     block_bytes: int = 0
     version: int = VERSION
@@ -163,6 +176,11 @@ class Plan:
     def mesh_axes(self) -> Mesh:
         """The mesh as axes."""
         return Mesh(tuple(n for n, _ in self.mesh), tuple(s for _, s in self.mesh))
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many parts its time axes cut what they run over."""
+        return math.prod(axis.size for axis in self.time_axes)
 
     def to_json(self) -> str:
         """The plan as JSON text; the same plan gives the same text."""
@@ -264,6 +282,8 @@ def check_plan(plan: Plan, devices: int) -> None:
                 f"the spec {tensor.spec} of {tensor.name} does not fit shape {tensor.shape} on "
                 f"mesh {mesh}"
             )
+    for axis in plan.time_axes:
+        _check_time_axis(plan, axis)
     if not set(plan.donated) <= set(range(len(plan.arguments))):
         raise ValueError(
             f"donated {plan.donated} are not among its {len(plan.arguments)} arguments"
@@ -272,6 +292,14 @@ def check_plan(plan: Plan, devices: int) -> None:
     for split in shardings:
         if split is not None and (len(split) != len(mesh.names) or min(split) < PARTIAL):
             raise ValueError(f"{split} is no sharding on mesh {mesh}")
+
+
+def _check_time_axis(plan: Plan, axis: TimeAxis) -> None:
+    """ValueError for one that is a mesh axis, too, or that runs over a dim that is not there."""
+    ranks = dict(enumerate(len(t.shape) for t in plan.arguments))
+    there = all(0 <= d < ranks.get(place, 0) for place, d in axis.dims)
+    if axis.size < 1 or not there or axis.name in plan.mesh_axes.names:
+        raise ValueError(f"{axis} is no time axis beside mesh {plan.mesh_axes}")
 
 
 def signature_of(graph: Graph) -> tuple[str, ...]:

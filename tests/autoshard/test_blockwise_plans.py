@@ -116,7 +116,7 @@ def test_with_microbatches_and_the_decorator() -> None:
     step = autoshard.parallelize(fn, cluster="cpu:8", microbatches=2, blockwise=2)
     assert near(step(*values), jax.jit(fn)(*values))
     notes = "\n".join(step.plan(*values).data.notes)
-    assert "2 microbatches" in notes
+    assert "micro=2 runs over the batch" in notes
     assert "in 2 blocks" in notes
 
 

@@ -24,8 +24,9 @@ import pytest
 from jax import lax
 
 import autoshard
-from autoshard.microbatches import in_microbatches
+from autoshard.time_axes import begun, in_steps_of
 from autoshard.trace import trace
+from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,7 +35,8 @@ NUMBERED = sorted(f.name for f in EXAMPLES.glob("[0-9][0-9]_*.py"))
 
 def cut(fn: Callable[..., Any], args: Any, count: int) -> tuple[Callable[..., Any], str]:
     """The function in microbatches, and its notes as one text."""
-    made, notes = in_microbatches(fn, trace(fn, *args), count, {})
+    traced = trace(fn, *args)
+    made, notes = in_steps_of(fn, traced, begun(traced, TimeAxis("micro", count)), {})
     return made, "\n".join(notes)
 
 
@@ -234,7 +236,7 @@ def test_a_plan_in_microbatches_runs_and_says_so() -> None:
     plan = autoshard.plan(fn, *args, cluster="cpu:8", microbatches=4)
     numbers = random(args)
     assert worst(plan.compile()(*numbers), jax.jit(fn)(*numbers)) < 1e-5
-    assert "in 4 microbatches" in str(plan)
+    assert "time      micro=4 over the batch" in str(plan)
     again = autoshard.Plan.from_json(plan.to_json(), fn, *args)
     assert worst(again.compile()(*numbers), jax.jit(fn)(*numbers)) < 1e-5
     assert again.to_json() == plan.to_json()
@@ -269,7 +271,7 @@ def test_static_arguments_and_names() -> None:
     x = jnp.arange(8.0)
     options = {"static_argnums": 0, "static_argnames": "mode"}
     traced = trace(fn, 3, x, y=x, mode="sum", **options)
-    made, _ = in_microbatches(fn, traced, 4, options)
+    made, _ = in_steps_of(fn, traced, begun(traced, TimeAxis("micro", 4)), options)
     assert float(made(3, x, y=x, mode="sum")) == float((x * x * 3).sum())
 
 
@@ -350,8 +352,7 @@ def test_masks_of_a_kernel_are_made_part_by_part(kept: bool) -> None:
     def step(ws: jax.Array, x: jax.Array) -> Any:
         return jax.value_and_grad(lambda w: dropped_layers(w, x, kept))(ws)
 
-    traced = trace(step, ws, x)
-    run, _ = in_microbatches(step, traced, 4, {})
+    run, _ = cut(step, (ws, x), 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), run(ws, x), step(ws, x))
     masks = [v for v in trace(run, ws, x).graph.values if v.type.dtype == "bool" and v.shape]
     assert {v.shape for v in masks} <= {(2, 6), (3, 2, 6)}
