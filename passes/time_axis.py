@@ -93,12 +93,13 @@ def cut_to_make(rule: Rule, result: int, wanted: Split, steps: int) -> OverTime 
 
 
 def spread(
-    rule: Rule, seen: Mapping[int, Split], steps: int
+    rule: Rule, seen: Mapping[int, Split], steps: int, reduced: Collection[str] = ("add",)
 ) -> tuple[tuple[Split | None, ...], tuple[View, ...]] | None:
     """What an operation takes of each operand, and makes of each result, to agree with these parts.
 
-    seen: by place, operands first, then results. None of an operand: all of it. None where there
-    is no one factor to split.
+    seen: by place, operands first, then results. reduced: by which operations parts of what is
+    reduced can be put together. None of an operand: all of it. None where there is no one factor to
+    split.
 
     >>> rule = Rule.parse("b k, k n -> b n", {"b": 8, "k": 4, "n": 2}, reduce={"k": "add"})
     >>> spread(rule, {2: Split(0, 1)}, 4)
@@ -109,7 +110,7 @@ def spread(
     at = places.pop() if len(places) == 1 else None
     if at is None:
         return None
-    found = _along(rule, *at, [WHOLE] * len(rule.operands), steps)
+    found = _along(rule, *at, [WHOLE] * len(rule.operands), steps, reduced)
     if found is None:
         return None
     cut = dict(found.cut)
@@ -145,11 +146,22 @@ def _within(rule: Rule, dims: Sequence[Dim], view: Split, steps: int) -> tuple[i
     return None
 
 
-def _along(rule: Rule, factor: int, low: int, views: Sequence[View], steps: int) -> OverTime | None:
+def _along(
+    rule: Rule,
+    factor: int,
+    low: int,
+    views: Sequence[View],
+    steps: int,
+    reduced: Collection[str] = ("add",),
+) -> OverTime | None:
     """Every operand and result split along one factor, or added up where a result lacks it."""
     f = rule.factors[factor]
     kind = f.kind
-    if kind not in ("parallel", "reduction") or f.halo or (kind == "reduction" and f.op != "add"):
+    if (
+        kind not in ("parallel", "reduction")
+        or f.halo
+        or (kind == "reduction" and f.op not in reduced)
+    ):
         return None
     cut: list[tuple[int, Split]] = []
     for k, dims in enumerate(rule.operands):
