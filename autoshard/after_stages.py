@@ -11,7 +11,7 @@ What depends on arguments only is computed where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,15 @@ def closure(
 
 
 def run_group(
-    program: Program, group: Group, inputs: Sequence[Any], made: Sequence[Any], ins: Sequence[Any]
+    program: Program,
+    group: Group,
+    in_parts: Callable[[int, Any], Any],
+    inputs: Sequence[Any],
+    made: Sequence[Any],
+    ins: Sequence[Any],
 ) -> list[Any]:
     """What a group gives. made: of sums those of each direction, of parts those of each microbatch;
-    both by data-parallel group.
+    both by data-parallel group. in_parts: splits over these what lies at a place.
     """
     whole = []
     for p, x in zip(group.made, made, strict=True):
@@ -133,19 +138,12 @@ def run_group(
             whole.append(whole_of(jnp.concatenate(x), view, program.avals[p].shape))
         else:
             whole.append(sum(x[1:], x[0]).sum(0) if view is PARTIAL else x[-1][-1])
-    return run_whole(program, group, inputs, whole, ins)
-
-
-def run_whole(
-    program: Program, group: Group, inputs: Sequence[Any], made: Sequence[Any], ins: Sequence[Any]
-) -> list[Any]:
-    """The same, where what the loop has made is put together already."""
     env: dict[int, Any] = {**program.consts, **dict(zip(group.inputs, inputs, strict=True))}
     env.update(zip(group.ins, ins, strict=True))
-    for p, x in zip(group.made, made, strict=True):
-        env[p] = x.astype(program.avals[p].dtype)
+    for p, x in zip(group.made, whole, strict=True):
+        env[p] = in_parts(p, x).astype(program.avals[p].dtype)
     program.compute(env, group.equations)
-    return [env[p] for p in group.outs]
+    return [in_parts(p, env[p]) for p in group.outs]
 
 
 def _bytes(aval: Any) -> int:

@@ -48,6 +48,7 @@ def plan(
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
+    shared_update: bool | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan how to run fn(*args) on a cluster. Nothing is allocated, compiled or run.
@@ -70,7 +71,9 @@ def plan(
     them is faster. Of a pipeline, microbatches (None: the fastest number) are those
     of each data-parallel group, mesh may name its axes `stage` and `data` besides those that a
     group shards over, schedule is a name such as "1F1B" or "ZB-V", and chunks are pieces of the
-    model per stage where a schedule leaves that open. A parallelized fn brings its own hints,
+    model per stage where a schedule leaves that open. shared_update: whether data-parallel groups
+    hold the optimizer's state in parts and each updates its own (ZeRO stage 1); None for where that
+    is as good. A parallelized fn brings its own hints,
     static and donated arguments.
 
     Raises NoFeasiblePlan, HintError, HintConflict, UnknownCluster, NoTimeLoop, NoBlocks, NoStages,
@@ -171,7 +174,7 @@ def _blockwise(
 def _faster(found: Plan, ask: Callable[[Wishes], Plan], wishes: Wishes) -> Plan:
     """The pipeline that was found, or one program for all devices where that is faster."""
     try:
-        whole = ask(dataclasses.replace(wishes, stages=None, chunks=None))
+        whole = ask(dataclasses.replace(wishes, stages=None, chunks=None, shared_update=None))
     except (NoFeasiblePlan, NoTimeLoop):
         return found
     return whole if whole.cost.step_time < found.cost.step_time else found
@@ -204,6 +207,7 @@ def _pipelined(
         over=over,
         schedule=wishes.schedule,
         chunks=wishes.chunks,
+        shared_update=wishes.shared_update,
         mesh=wishes.mesh,
         hints={**own, **(wishes.hints or {})},
         limit=wishes.limit,
@@ -274,6 +278,7 @@ def parallelize(
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
+    shared_update: bool | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Make fn run in parallel: `parallelize(fn, cluster=...)` or `@parallelize(cluster=...)`.

@@ -25,9 +25,9 @@ from autoshard.after_stages import Group, run_group, update_groups
 from autoshard.between_tasks import Shelf, donated, handed_on
 from autoshard.in_flight import InFlight
 from autoshard.jax_compat import Literal
-from autoshard.stacked import piece, put_together
+from autoshard.stacked import donated_places, piece, put_together
 from autoshard.stacked_array import StackedArray
-from autoshard.stage_arguments import as_they_lie, donated_places, overwritten
+from autoshard.stage_arguments import as_they_lie, overwritten
 from autoshard.stage_layout import StageLayout, task_on_groups
 from autoshard.stage_notes import not_moved
 from autoshard.stage_prices import GROUPS
@@ -98,15 +98,9 @@ class Controller:
             as_they_lie(self.program, outside_of(self.made.of(stage)), layout, apart)
             for stage, layout in enumerate(self.layouts)
         ]
-        self.needed, prepare = zip(
-            *(self.made.prepare(k, self.groups, lent) for k, lent in enumerate(self.lent)),
-            strict=True,
-        )
+        self.needed = [self._prepare(stage, self.meshes[0])[0] for stage in range(stages.count)]
         self.prepare = [
-            [
-                jax.jit(prepare[stage], out_shardings=self._lying(stage, mesh))
-                for stage, mesh in enumerate(meshes)
-            ]
+            [self._prepare(stage, meshes)[1] for stage in range(stages.count)]
             for meshes in self.meshes
         ]
         homes = {p: t.stage for t in self.made.tasks.values() for p in (*t.outs, *t.sums)}
@@ -135,6 +129,15 @@ class Controller:
         grid = np.array(devices).reshape(self.groups, *layout.mesh.sizes)
         names = (GROUPS, *layout.mesh.names)
         return jax.sharding.Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+    def _prepare(
+        self, stage: int, meshes: Sequence[jax.sharding.Mesh]
+    ) -> tuple[tuple[int, ...], Callable[..., Any]]:
+        """What a stage takes of the arguments, and the program of what comes before its tasks."""
+        mesh = meshes[stage]
+        in_parts = self.layouts[stage].in_parts(mesh)
+        needed, run = self.made.prepare(stage, self.groups, self.lent[stage], in_parts)
+        return needed, jax.jit(run, out_shardings=self._lying(stage, mesh))
 
     def _lying(self, stage: int, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
         """Shardings of what lies on a stage for all its tasks."""
@@ -167,12 +170,13 @@ class Controller:
             jax.NamedSharding(mesh, layout.whole[p]) if p in layout.whole else None
             for p in group.outs
         ]
+        in_parts = layout.in_parts(mesh)
 
         def run(given: Sequence[Any], kept: Sequence[Any], made: Any, ins: Any) -> list[Any]:
             known = dict(zip(over, given, strict=True))
             own = iter(kept)
             inputs = [known[p] if p in known else next(own) for p in group.inputs]
-            return run_group(self.program, group, inputs, made, ins)
+            return run_group(self.program, group, in_parts, inputs, made, ins)
 
         return jax.jit(run, donate_argnums=0, out_shardings=wanted)
 
@@ -346,7 +350,9 @@ def _host_memory(meshes: Sequence[Sequence[jax.sharding.Mesh]]) -> str:
 
 
 def _sent(x: Any, mesh: jax.sharding.Mesh, whole: bool = False) -> Any:
-    """An array on the devices of a stage, split there as it was, or whole."""
+    """An array on the devices of a stage, split as it was; or whole, if it comes from another."""
+    if isinstance(x.sharding, jax.NamedSharding) and x.sharding.mesh == mesh:
+        return x
     spec = x.sharding.spec if isinstance(x.sharding, jax.NamedSharding) else jax.P()
     wanted = jax.NamedSharding(mesh, jax.P() if whole else spec)
     return x if x.sharding == wanted else jax.device_put(x, wanted)

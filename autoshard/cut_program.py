@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from autoshard.after_stages import Group, update_groups
 from autoshard.in_stages import Staged, Weigh, flops_of, in_stages
-from autoshard.stage_arguments import donated_places
+from autoshard.stacked import donated_places
 from autoshard.stage_programs import StagePrograms, stage_programs
 from autoshard.state import state_pairs
 from autoshard.time_axes import BATCH
@@ -31,6 +32,16 @@ class CutProgram:
     state: Mapping[int, int]
     donated: frozenset[int]
     names: Mapping[int, str]
+
+    @cached_property
+    def readers(self) -> Mapping[int, frozenset[int]]:
+        """By place the stages that read an argument, or a slice of one."""
+        out: dict[int, set[int]] = {}
+        for stage in range(self.staged.stages.count):
+            updates = (p for u in self.groups if u.stage == stage for p in u.inputs)
+            for p in (*self.made.whole(stage), *updates):
+                out.setdefault(p, set()).add(stage)
+        return {p: frozenset(stages) for p, stages in out.items()}
 
 
 def cut_program(

@@ -13,15 +13,16 @@ schedule keeps there and what the largest task needs; what the largest update ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 from autoshard.alike_pieces import form_of
 from autoshard.cut_program import CutProgram, cut_program
+from autoshard.in_parts import stage_parts
 from autoshard.in_stages import pieced
 from autoshard.stage_prices import StagePrice, price_stage, traced_stage
-from autoshard.stage_step import stage_step
+from autoshard.stage_step import StageStep, stage_step
 from autoshard.time_axes import BATCH
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
@@ -31,6 +32,7 @@ from cost_models.units import format_bytes
 from passes.ir.mesh import Mesh
 from passes.ir.plan import TimeAxis
 from passes.op_seconds import op_seconds
+from passes.over_groups import Parts
 from passes.pipeline.published import OfPieces, timeline_of
 from passes.pipeline.stage_costs import StageCosts
 from passes.pipeline.timeline import Timeline
@@ -44,7 +46,8 @@ class Form:
     """How the devices are used: stages x groups x the mesh of a group.
 
     chunks: pieces of the model per stage. microbatches: of each group. apart: whether the gradients
-    of weights are tasks of their own.
+    of weights are tasks of their own. shared_update: whether groups have the optimizer's state in
+    parts (`passes.over_groups`).
     """
 
     stages: int
@@ -53,6 +56,7 @@ class Form:
     microbatches: int
     chunks: int = 1
     apart: bool = False
+    shared_update: bool = False
 
     @property
     def pieces(self) -> int:
@@ -115,8 +119,10 @@ class PipelineCosts:
         fused_attention: bool = False,
         solver: str = "ilp",
         over: TimeAxis = BATCH,
+        shared_update: bool | None = None,
     ) -> None:
         self.call = fn, args, kwargs, options
+        self.shared_update = shared_update  # whether groups share the update; None for the better
         self.cluster, self.limit, self.hints = cluster, limit, dict(hints or {})
         self.fused_attention, self.solver, self.over = fused_attention, solver, over
         self.weigh = partial(op_seconds, cluster=cluster, fused_attention=fused_attention)
@@ -143,10 +149,34 @@ class PipelineCosts:
         return self.cuts[key]
 
     def of(self, form: Form, name: str) -> Pipeline:
-        """The form with a schedule of that name.
+        """The form with a schedule of that name, the update shared by groups where that is as good.
 
         Raises NoTimeLoop, NoStages, ScheduleError, and NoFeasiblePlan where it does not fit.
         """
+        if form.groups == 1 or self.shared_update is False:
+            return self.fitted(form, name)
+        shared = self.fitted(replace(form, shared_update=True), name)
+        if self.shared_update or self._surely_as_good(shared):
+            return shared
+        try:
+            whole = self.fitted(form, name)
+        except NoFeasiblePlan:
+            return shared
+        return shared if shared.step_time <= whole.step_time else whole
+
+    def _surely_as_good(self, shared: Pipeline) -> bool:
+        """Whether it takes no longer that groups share the update: no more for what they exchange
+
+        than they would else need to read and write the state that they have in parts.
+        """
+        data, rate = self.links(shared.form)[1], self.cluster.chip.hbm_bandwidth
+        return all(
+            p.exchanged.seconds(data) <= p.exchanged.as_whole().seconds(data) + 2 * p.spared / rate
+            for p in shared.prices
+        )
+
+    def fitted(self, form: Form, name: str) -> Pipeline:
+        """This form with a schedule of that name. Raises as `of`."""
         cut, limit = self.cut(form), self.limit / form.chunks
         for _ in range(_ROUNDS):
             prices = self.prices(form, cut, limit)
@@ -169,10 +199,10 @@ class PipelineCosts:
         return tuple(self._price(form, cut, k, limit) for k in range(form.pieces))
 
     def _price(self, form: Form, cut: CutProgram, piece: int, limit: float) -> StagePrice:
-        shape = form_of(cut, piece, bool(self.hints))
-        key = shape, form.microbatches, form.groups, form.mesh, form.devices, limit
+        step = stage_of(cut, piece, form)
+        shape = form_of(cut, piece, bool(self.hints)), tuple(a.shape for a in step.avals)
+        key = shape, replace(form, stages=1, chunks=1), form.devices, limit
         if key not in self.planned:
-            step = stage_step(cut.made, cut.groups, piece, form.microbatches)
             self.planned[key] = price_stage(
                 step,
                 traced_stage(step, cut.names),
@@ -226,10 +256,17 @@ class PipelineCosts:
         return nbytes / rate if rate else 0.0
 
 
+def stage_of(cut: CutProgram, piece: int, form: Form) -> StageStep:
+    """What a piece does in a step, where the devices are used so."""
+    over = Parts(1)
+    if form.shared_update:
+        over = stage_parts(cut, piece, form.groups, form.mesh.devices)
+    return stage_step(cut, piece, form.microbatches, over)
+
+
 def _tail(price: StagePrice, data: AxisLink) -> float:
     """Seconds after the last task: gradients are summed over the groups, weights updated."""
-    summed = seconds("all_reduce", price.gradients, data) if data.size > 1 else 0.0
-    return summed + price.update
+    return price.exchanged.seconds(data) + price.update
 
 
 def _held(timeline: Timeline) -> list[list[int]]:

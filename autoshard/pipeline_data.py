@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from autoshard.pipeline_costs import Pipeline
 from autoshard.pipeline_search import Searched
+from autoshard.stage_prices import Exchanged
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
+from cost_models.units import format_bytes
 from passes.dims_loop import dims_text
 from passes.ir.pipeline_plan import Piece, PipelinePlan, Table
 from passes.ir.plan import Alternative, Cost, Plan, TimeAxis, fingerprint, signature_of
@@ -47,8 +49,11 @@ def as_plan(
                 price.updating,
                 price.activation,
                 price.kept,
-                price.gradients,
                 price.sent,
+                price.exchanged.reduced,
+                price.exchanged.scattered,
+                price.exchanged.gathered,
+                price.spared,
             )
         )
     signature = signature_of(traced.graph)
@@ -64,6 +69,7 @@ def as_plan(
         microbatches=form.microbatches,
         time_axis=replace(over, size=form.steps),
         apart=form.apart,
+        shared_update=form.shared_update,
         table=_table(best.timeline.schedule),
         send=best.timeline.costs.send,
         tails=best.tails,
@@ -74,7 +80,12 @@ def as_plan(
         plans=tuple(plans),
         donated=tuple(k for k, given in enumerate(traced.donated) if given),
         alternatives=tuple(_alternatives(found)),
-        notes=(*_over(traced, over, form.steps), *_notes(found), *traced.graph.notes),
+        notes=(
+            *_over(traced, over, form.steps),
+            *_notes(found),
+            *_shared(best),
+            *traced.graph.notes,
+        ),
         fused_attention=fused_attention,
     )
 
@@ -98,10 +109,15 @@ def cost_of(pipeline: Pipeline) -> Cost:
         waiting = max(waiting, whole - work + pipeline.tails[place] - update)
         moved = sum(prices[k].found.plan.cost.comm_bytes for k in own)
         moved += sum(prices[k].sent * form.microbatches for k in own)
-        moved += sum(2 * prices[k].gradients for k in own) * (form.groups > 1)
+        moved += sum(_exchanged(prices[k].exchanged) for k in own) * (form.groups > 1)
         sent = max(sent, moved)
         flops = max(flops, sum(prices[k].found.plan.cost.flops for k in own))
     return Cost(pipeline.step_time, compute, waiting, max(pipeline.memory), sent, flops)
+
+
+def _exchanged(found: Exchanged) -> float:
+    """Bytes that a device sends to other groups."""
+    return 2 * found.reduced + found.scattered + found.gathered
 
 
 def timeline_of(plan: PipelinePlan) -> Timeline:
@@ -116,6 +132,15 @@ def timeline_of(plan: PipelinePlan) -> Timeline:
         tuple(0.0 for _ in plan.pieces),
     )
     return simulate(schedule_of(plan.table), costs)
+
+
+def whole_memory(plan: PipelinePlan) -> float:
+    """Bytes of the fullest device, if each group held all of its optimizer's state."""
+    needed = list(plan.memory)
+    for way in plan.table.ways:
+        for piece, (device, _) in zip(plan.pieces, way, strict=True):
+            needed[device] += piece.spared
+    return max(needed)
 
 
 def schedule_of(table: Table) -> Schedule:
@@ -177,3 +202,15 @@ def _notes(found: Searched) -> Sequence[str]:
             "may be faster were not",
         )
     return (f"{tried} pipelines were priced; no other of the forms that are tried promises more",)
+
+
+def _shared(pipeline: Pipeline) -> Sequence[str]:
+    """What groups have in parts, and why."""
+    spared = [p.spared for p in pipeline.prices]
+    if not pipeline.form.shared_update or not max(spared):
+        return ()
+    return (
+        f"optimizer state over {pipeline.form.groups} groups: each updates its part and holds no "
+        f"other, which spares up to {format_bytes(max(spared))} per piece on each device; "
+        "gradients are reduce-scattered, what tasks read of the new parameters is all-gathered",
+    )

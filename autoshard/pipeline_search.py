@@ -59,7 +59,8 @@ class Wanted:
     """What is asked for; None where the search decides.
 
     mesh: of a group, with its axes' names. samples: of the batch. layers: most pieces that the
-    model can be cut into. flops: of a step. state: bytes of arguments that lie on devices.
+    model can be cut into. flops: of a step. state: bytes of arguments that lie on devices; read: of
+    those that tasks read, which each group has as a whole.
     """
 
     devices: int
@@ -67,6 +68,7 @@ class Wanted:
     layers: int
     flops: float
     state: float
+    read: float
     stages: int | None = None
     groups: int | None = None
     mesh: Mesh | None = None
@@ -138,16 +140,21 @@ def candidates(wanted: Wanted, costs: PipelineCosts) -> Iterator[tuple[Form, str
         rest = wanted.devices // stages
         for mesh in _meshes(wanted, rest, most):
             groups = rest // mesh.devices
-            if (
-                wanted.groups not in (None, groups)
-                or wanted.state / (stages * mesh.devices) > limit
-            ):
+            least = _least(wanted, groups, costs.shared_update) / (stages * mesh.devices)
+            if wanted.groups not in (None, groups) or least > limit:
                 continue
             for m in _microbatches(wanted, groups, stages):
                 for name, chunks in _schedules(wanted, stages, m):
                     if stages * chunks <= wanted.layers:
                         apart = published(name).apart
                         yield Form(stages, groups, mesh, m, chunks, apart), name
+
+
+def _least(wanted: Wanted, groups: int, shared: bool | None) -> float:
+    """Bytes of arguments that all devices of a group have at least."""
+    if shared is False:
+        return wanted.state
+    return wanted.read + (wanted.state - wanted.read) / groups
 
 
 def _choices(wish: int | None, devices: int) -> list[int]:

@@ -7,7 +7,7 @@ the schedule (`autoshard.controller`); over several processes it is one (`autosh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,20 @@ import jax
 from autoshard.bound_plan import Plan
 from autoshard.controller import Controller
 from autoshard.cut_program import CutProgram, cut_program
+from autoshard.in_parts import stage_parts
 from autoshard.in_stages import Staged
 from autoshard.mesh import device_mesh
-from autoshard.pipeline_data import schedule_of, timeline_of
+from autoshard.pipeline_costs import Form, stage_of
+from autoshard.pipeline_data import schedule_of, timeline_of, whole_memory
 from autoshard.spmd_pipeline import SpmdPipeline
 from autoshard.stage_layout import StageLayout, planned_layout
 from autoshard.stage_prices import traced_stage
-from autoshard.stage_step import StageStep, stage_step
+from autoshard.stage_step import StageStep
 from autoshard.state import state_pairs
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
+from cost_models.units import format_bytes
+from passes.hints import named, path_of
 from passes.ir import plan as ir
 from passes.ir.mesh import Mesh
 from passes.ir.pipeline_plan import MARK, PipelinePlan
@@ -138,7 +142,8 @@ class PipelinedPlan(Plan):
     def lowering(self) -> str:
         """How `compile` runs it here, in words."""
         if jax.process_count() > 1:
-            return "one program for all devices, of ticks that follow the table of the schedule"
+            whole = "; each group updates all of its stage" if self.data.shared_update else ""
+            return f"one program for all devices, of ticks that follow the table{whole}"
         return (
             "one program for each task of each stage, started by a single controller along the "
             f"table of {self.data.table.name}"
@@ -200,10 +205,17 @@ class PipelinedPlan(Plan):
     def _pieces(self) -> list[tuple[StageStep, Traced]]:
         """What each piece does in a step, and this traced."""
         cut = self._bound_cut("compile")
-        steps = [
-            stage_step(cut.made, cut.groups, k, self.data.microbatches)
-            for k in range(len(self.data.pieces))
-        ]
+        data = self.data
+        form = Form(
+            data.stages,
+            data.groups,
+            data.mesh_axes,
+            data.microbatches,
+            data.chunks,
+            data.apart,
+            data.shared_update,
+        )
+        steps = [stage_of(cut, k, form) for k in range(len(data.pieces))]
         return [(step, traced_stage(step, cut.names)) for step in steps]
 
     def _bound_cut(self, what: str) -> CutProgram:
@@ -259,6 +271,14 @@ class PipelinedPlan(Plan):
                 "processes: one program for all of them shards nothing inside a stage. Plan with "
                 "mesh={'stage': ..., 'data': ...}"
             )
+        needed, limit = whole_memory(self.data), self.data.memory_limit
+        if needed > limit:
+            raise PlanError(
+                f"this plan has optimizer state in parts over {self.data.groups} groups, and jax "
+                f"runs in {jax.process_count()} processes: one program for all of them has it "
+                f"whole in each group, for which a device needs {format_bytes(needed)} and has "
+                f"{format_bytes(limit)}. Plan with shared_update=False"
+            )
         mesh = jax.sharding.Mesh(grid.reshape(grid.shape[:2]), OUTER)
         whole = SpmdPipeline(staged.traced, staged.loop, staged.stages, schedule, mesh)
         compiled = jax.jit(whole, in_shardings=whole.shardings)
@@ -275,9 +295,21 @@ class PipelinedPlan(Plan):
 
         out = []
         for k, plan in enumerate(self.data.plans):
-            where = [str(i) for i, p in enumerate(self.data.pieces) if p.plan == k]
-            out.append(f"piece {', '.join(where)}\n{explain(plan, None, glob)}")
+            where = [i for i, p in enumerate(self.data.pieces) if p.plan == k]
+            told = f"piece {', '.join(map(str, where))}\n{explain(plan, None, glob)}"
+            out.append("\n".join([told, *self._in_parts(where[0], glob)]))
         return "\n\n".join(out)
+
+    def _in_parts(self, piece: int, glob: str) -> Iterator[str]:
+        """A line for each argument of a piece that a glob names and groups have parts of."""
+        if self._cut is None or not self.data.shared_update:
+            return
+        names, groups = self._cut.names, self.data.groups
+        over = stage_parts(self._cut, piece, groups, self.data.mesh_axes.devices)
+        rest = [p for p in over.rest if p in names]
+        for k in named(glob, [names[p] for p in rest]):
+            path, dim = path_of(names[rest[k]]), over.dims[rest[k]]
+            yield f"{path}: each of {groups} groups has its part of dim {dim}, as shown"
 
     def headline(self) -> str:
         """The beginning of the print-out: mesh, schedule, step time and memory."""

@@ -50,7 +50,7 @@ def head(plan: PipelinePlan, timeline: Timeline) -> list[str]:
             f"{format_seconds(cost.step_time):>8}  {step}  "
             f"{format_seconds(max(timeline.busy))} at work (#), bubble {timeline.bubble:.1%}",
         ),
-        ("update", f"{format_seconds(max(plan.tails))} after the last task: gradients and weights"),
+        ("update", f"{format_seconds(max(plan.tails))} after the last task: {_update(plan)}"),
         (
             "memory",
             f"{format_bytes(cost.peak_memory):>8}  {room}  "
@@ -61,6 +61,13 @@ def head(plan: PipelinePlan, timeline: Timeline) -> list[str]:
         ("runs as", "a program for each task, one controller; one program on several hosts"),
     ]
     return [plan.name, *columns(lines, "ll", "  ")]
+
+
+def _update(plan: PipelinePlan) -> str:
+    """What is done then."""
+    if not any(p.spared for p in plan.pieces):
+        return "gradients and weights"
+    return f"gradients and weights, optimizer state over {plan.groups} groups"
 
 
 def _pieces(plan: PipelinePlan) -> list[str]:

@@ -62,6 +62,12 @@ def stacked(program: Program) -> Stacked:
     return Stacked(cuts, joins)
 
 
+def donated_places(program: Program, donated: Sequence[bool], found: Stacked) -> frozenset[int]:
+    """Places of donated arguments, and of slices of these. donated: by argument."""
+    given = {p for p, flag in zip(program.inputs, donated, strict=True) if flag}
+    return frozenset(given | {p for p, cut in found.cuts.items() if cut.argument in given})
+
+
 def piece(x: Any, cut: Cut, sharding: jax.NamedSharding) -> Any:
     """A slice of an argument, where it is needed; as it is where it lies there already."""
     if isinstance(x, StackedArray):

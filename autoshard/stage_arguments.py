@@ -19,12 +19,6 @@ from autoshard.stage_layout import StageLayout
 from autoshard.time_loop import Program
 
 
-def donated_places(program: Program, donated: Sequence[bool], apart: Stacked) -> frozenset[int]:
-    """Places of donated arguments, and of slices of these. donated: by argument."""
-    given = {p for p, flag in zip(program.inputs, donated, strict=True) if flag}
-    return frozenset(given | {p for p, cut in apart.cuts.items() if cut.argument in given})
-
-
 def as_they_lie(
     program: Program, outside: Sequence[int], layout: StageLayout, apart: Stacked
 ) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ planned, operation by operation, by each group on its own part of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.plan import Axes, Plan
 from passes.ir.sharding import PARTIAL as SUMMANDS
 from passes.ir.sharding import Sharding
+from passes.over_groups import Parts
 
 Spec = jax.sharding.PartitionSpec
 
@@ -37,7 +39,8 @@ class StageLayout:
     """Specs of what lies on a stage, inside a group; what is not named lies whole on each device.
 
     whole: by place, of arguments and results. lying: of what tasks take whole. local: of values of
-    one microbatch, parts: of what is taken of the batch. sums: of sums.
+    one microbatch, parts: of what is taken of the batch. sums: of sums. over: what groups have in
+    parts; what rests so has its whole spec in `whole`.
     """
 
     mesh: Mesh
@@ -46,11 +49,33 @@ class StageLayout:
     local: Mapping[int, Spec] = field(default_factory=dict)
     parts: Mapping[Part, Spec] = field(default_factory=dict)
     sums: Mapping[int, Spec] = field(default_factory=dict)
+    over: Parts = field(default_factory=lambda: Parts(1))
     planned: tuple[Traced, Plan] | None = None  # the stage's function, and its plan
 
     def grouped(self, spec: Spec | None) -> Spec:
         """The spec of an array with the groups as its first dim."""
         return Spec(GROUPS, *(spec or ()))
+
+    def in_parts(self, devices: jax.sharding.Mesh) -> Callable[[int, Any], Any]:
+        """Splits over the groups, while the stage is updated, what is in parts at a place.
+
+        devices: the stage's mesh.
+        """
+
+        def put(place: int, x: Any) -> Any:
+            dim = self.over.dims.get(place)
+            known = next(
+                (s[place] for s in (self.sums, self.lying, self.whole) if place in s), None
+            )
+            if dim is None or known is None:
+                return x
+            rests = place in self.whole and place not in self.over.gathered
+            wanted = jax.NamedSharding(devices, known if rests else _over_groups(known, dim))
+            if x.shape[dim] % math.prod(devices.shape[a] for a in _axes(wanted.spec[dim])):
+                wanted = jax.NamedSharding(devices, _over_groups(Spec(), dim))
+            return lax.with_sharding_constraint(x, wanted)
+
+        return put
 
     def compute(self, program: Program, task: TaskProgram, devices: Any) -> Callable[..., Any]:
         """What a task does for one group: of time, outside, parts, ins and sums.
@@ -174,4 +199,19 @@ def planned_layout(step: StageStep, traced: Traced, plan: Plan) -> StageLayout:
             op = ops.get(barrier if len(task.outs) == 1 else (*barrier, "out", n))
             if op is not None:
                 local[p] = spec(op.outputs[0])
-    return StageLayout(mesh, whole, lying, local, parts, sums, (traced, plan))
+    over = step.over
+    resting = [p for p in over.dims if p in whole and p not in over.gathered]
+    whole |= {p: _over_groups(whole[p], over.dims[p]) for p in resting}
+    return StageLayout(mesh, whole, lying, local, parts, sums, over, (traced, plan))
+
+
+def _over_groups(spec: Spec, dim: int) -> Spec:
+    """A spec with a dim split over the groups, too, within what it is split over already."""
+    dims = [*spec, *[None] * (dim + 1 - len(spec))]
+    dims[dim] = (*_axes(dims[dim]), GROUPS)
+    return Spec(*dims)
+
+
+def _axes(dim: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes that a dim is split over."""
+    return (dim,) if isinstance(dim, str) else tuple(dim or ())

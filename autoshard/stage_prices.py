@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoshard.jax_compat import open_jaxpr
+from autoshard.in_parts import gathered_values
+from autoshard.jax_compat import Literal, open_jaxpr
 from autoshard.stage_step import TASK, StageStep
 from autoshard.trace import Traced, trace
 from cost_models.cluster import Cluster
+from cost_models.collectives import seconds
+from cost_models.topology import AxisLink
 from passes.answer import Answer, read_back
 from passes.held import held, lying_bytes, memory
 from passes.hints import hints_for, named
@@ -32,6 +35,34 @@ KINDS = ("F", "B", "W")
 GROUPS = "data"  # the mesh axis of the groups of a stage, each with its own part of the batch
 
 
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What the groups of a stage exchange in a step, in bytes per device.
+
+    reduced: of sums that each group gets all of. scattered: of sums that each gets a part of.
+    gathered: of what is put together from the parts of all. (Of reduced and scattered it is what a
+    group has before, of gathered what it has then.)
+    """
+
+    reduced: float
+    scattered: float
+    gathered: float
+
+    def seconds(self, link: AxisLink) -> float:
+        """How long it takes. link: between groups."""
+        if link.size == 1:
+            return 0.0
+        return (
+            seconds("all_reduce", self.reduced, link)
+            + seconds("reduce_scatter", self.scattered, link)
+            + seconds("all_gather", self.gathered, link)
+        )
+
+    def as_whole(self) -> Exchanged:
+        """Of the same sums, where each group gets all of each."""
+        return Exchanged(self.reduced + self.scattered, 0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class StagePrice:
     """One piece of the model on the devices of one group.
@@ -40,8 +71,9 @@ class StagePrice:
     seconds of what comes before and after the loop. lying: bytes per device that are there all the
     time: weights, their optimizer's state, sums of gradients. working: bytes more, at most, while a
     task runs; updating: while the update does. activation: bytes held per microbatch from F to the
-    end of B; kept: to the end of W. gradients: bytes of the sums, and sent: bytes of what the next
-    stage gets of a microbatch, both per device.
+    end of B; kept: to the end of W. sent: bytes per device of what the next stage gets of a
+    microbatch. exchanged: bytes per device of what groups add up, and of what they put together.
+    spared: bytes per device that lie less, because groups have the state in parts.
     """
 
     step: StageStep
@@ -55,8 +87,9 @@ class StagePrice:
     updating: float
     activation: float
     kept: float
-    gradients: float
     sent: float
+    exchanged: Exchanged
+    spared: float
 
 
 def traced_stage(step: StageStep, names: Mapping[int, str]) -> Traced:
@@ -114,6 +147,7 @@ def price_stage(
         hints=without(over_devices((*graph.hints, *own), (time_axis,)), ("stage", GROUPS)),
         memory_limit=limit,
         state=pairs,
+        together=gathered_values(traced),
         fused_attention=fused_attention,
         solver=solver,
     )
@@ -140,8 +174,9 @@ def told_apart(step: StageStep, traced: Traced, found: Found) -> StagePrice:
     places = _Places(step, priced, answer, loop, tasks)
     found = replace(found, plan=replace(found.plan, values=places.asked(found.plan.values)))
     activation, kept = places.activations()
-    gradients = places.gradients()
-    lying = gradients + sum(h.nbytes for h in everything if h.begin <= begin and h.end >= end)
+    exchanged = places.exchanged(traced)
+    lying = sum(h.nbytes for h in everything if h.begin <= begin and h.end >= end)
+    lying += exchanged.reduced + exchanged.scattered
     inside, update = float(line[begin:end].max()), [*line[:begin], *line[end:]]
     rounds = step.microbatches
     return StagePrice(
@@ -156,8 +191,9 @@ def told_apart(step: StageStep, traced: Traced, found: Found) -> StagePrice:
         max(0.0, float(max(update, default=0.0)) - lying),
         activation,
         min(kept, activation),
-        gradients,
         places.sent(),
+        exchanged,
+        places.spared(),
     )
 
 
@@ -174,6 +210,23 @@ def task_paths(traced: Traced) -> tuple[int, Mapping[int, str]]:
     raise ValueError(f"{traced.graph.name} has no loop over microbatches")
 
 
+def taken_whole(step: StageStep, traced: Traced) -> dict[int, int]:
+    """The values in the loop that tasks take whole, by place."""
+    loop, kinds = task_paths(traced)
+    body, _ = open_jaxpr(open_jaxpr(traced.jaxpr)[0].eqns[loop].params["jaxpr"])
+    entered = {var: k for k, var in enumerate(body.invars)}
+    ops = {op.path: op for op in traced.graph.ops}
+    out: dict[int, int] = {}
+    for k, kind in kinds.items():
+        task = next(t for t in step.tasks if t.kind == kind)
+        for atom, p in zip(body.eqns[k].invars[1:], task.outside, strict=False):
+            where = -1 if isinstance(atom, Literal) else entered.get(atom, -1)
+            op = ops.get((loop, "in", where))
+            if op is not None:
+                out[p] = op.outputs[0]
+    return out
+
+
 def _kind(op: Op, loop: int, tasks: Mapping[int, str]) -> str:
     """The kind of task that an operation belongs to; "" for none."""
     if op.path[:2] != (loop, "body"):
@@ -187,8 +240,8 @@ def _seconds(
     """Of a step by kind of task, "" for what belongs to none: compute, and with what is waited."""
     kinds = [_kind(op, loop, tasks) for op in priced.graph.ops]
     compute = dict.fromkeys((*KINDS, ""), 0.0)
-    for kind, seconds in zip(kinds, answer.seconds, strict=True):
-        compute[kind] += seconds
+    for kind, own in zip(kinds, answer.seconds, strict=True):
+        compute[kind] += own
     total = dict(compute)
     for c in answer.changes:
         waited = waited_seconds(c.moves, c.nbytes, priced.links, c.waited)
@@ -243,11 +296,27 @@ class _Places:
         until_w = sum(size.get(p, 0.0) for p in sorted(held["W"]))
         return max(until_b, until_w), until_w
 
-    def gradients(self) -> float:
-        """Of all sums."""
+    def exchanged(self, traced: Traced) -> Exchanged:
+        """Sums of gradients, and what is put together."""
+        over, whole = self.step.over, dict[bool, float]()
         sums = sorted(p for task in self.step.tasks for p in task.sums)
-        links = [self.ops.get((self.loop, "out", 1 + k)) for k in range(len(sums))]
-        return sum(self.bytes(link.outputs[0]) for link in links if link is not None)
+        for k, p in enumerate(sums):
+            link = self.ops.get((self.loop, "out", 1 + k))
+            if link is not None:
+                apart = p in over.dims
+                whole[apart] = whole.get(apart, 0.0) + self.bytes(link.outputs[0])
+        results = self.priced.graph.outputs[len(self.step.sent) :]
+        ends = taken_whole(self.step, traced)
+        ends.update(zip(self.step.results, results, strict=True))
+        gathered = sum(self.bytes(ends[p]) for p in over.gathered if p in ends)
+        return Exchanged(whole.get(False, 0.0), whole.get(True, 0.0), gathered)
+
+    def spared(self) -> float:
+        """What the state would take more, were it whole; twice where the new one lies beside it."""
+        graph, more = self.priced.graph, self.step.over.groups - 1
+        inputs = dict(zip(self.step.arguments, graph.inputs, strict=False))
+        resting = [inputs[p] for p in self.step.over.rest]
+        return sum(self.bytes(v) * more * (1 if v in graph.donated else 2) for v in resting)
 
     def sent(self) -> float:
         """Of what the next stage gets of a microbatch."""

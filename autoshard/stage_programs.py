@@ -62,25 +62,26 @@ class StagePrograms:
         own = [e for e in self.program.equations if e.phase == "before"]
         return {p: e for e in own if not self.stacked.skips(e) for p in e.outs}
 
-    def whole(self, stage: int) -> tuple[tuple[int, ...], Callable[..., list[Any]]]:
-        """Places of arguments or their slices, and from these to what tasks take whole."""
-        program, outside = self.program, outside_of(self.of(stage))
-        ahead, taken = closure(outside, self._before())
+    def ahead(self, stage: int) -> list[Equation]:
+        """What a stage computes of what its tasks take whole."""
+        return closure(outside_of(self.of(stage)), self._before())[0]
 
-        def run(given: Mapping[int, Any]) -> list[Any]:
-            env = {**program.consts, **given}
-            program.compute(env, ahead)
-            return [env[p] for p in outside]
-
-        return tuple(p for p in taken if p not in program.consts), run
+    def whole(self, stage: int) -> tuple[int, ...]:
+        """Places of arguments or their slices, of which a stage has what its tasks take whole."""
+        taken = closure(outside_of(self.of(stage)), self._before())[1]
+        return tuple(p for p in taken if p not in self.program.consts)
 
     def prepare(
-        self, stage: int, groups: int, lent: Collection[int] = ()
+        self,
+        stage: int,
+        groups: int,
+        lent: Collection[int],
+        in_parts: Callable[[int, Any], Any],
     ) -> tuple[tuple[int, ...], Callable[..., Lying]]:
         """Places of arguments or their slices, and from these to what lies there for all tasks.
 
         Parts by microbatch and group; sums by group. lent: what tasks take from outside, but is no
-        part of this.
+        part of this. in_parts: splits over groups what is computed in parts, and then lies whole.
         """
         own, program = self.of(stage), self.program
         outside = [p for p in outside_of(own) if p not in lent]
@@ -94,7 +95,7 @@ class StagePrograms:
             cut = [parts_of(env[p], part, program.steps) for p, part in parts]
             zeros = [program.avals[p] for p in sums]
             return (
-                [env[p] for p in outside],
+                [in_parts(p, env[p]) for p in outside],
                 [jnp.reshape(x, (-1, groups, *x.shape[1:])) for x in cut],
                 [jnp.zeros((groups, *a.shape), wide(a.dtype)) for a in zeros],
             )

@@ -5,6 +5,9 @@ ones, in a loop; then the update of its weights. What other stages send arrives 
 what it sends are results. The function is never run; the tasks are, each with what was planned for
 its part (`autoshard.controller`).
 
+Where groups share the update, the function is that of one of them: arguments that rest in parts are
+as large as its part is (`autoshard.in_parts`).
+
 Tasks are separate programs: a barrier after each keeps what they hand on from being computed again.
 """
 
@@ -19,13 +22,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from autoshard.after_stages import Group, run_whole
-from autoshard.stage_programs import StagePrograms, TaskProgram, outside_of, run_step, sums_of
+from autoshard.after_stages import Group
+from autoshard.cut_program import CutProgram
+from autoshard.in_parts import computed, live, part_of, put_together
+from autoshard.stage_programs import TaskProgram, outside_of, run_step, sums_of
 from autoshard.step import local_shape, whole_of
-from autoshard.time_loop import wide
+from autoshard.time_loop import Program, wide
+from passes.over_groups import Parts
 from passes.time_axis import Split
 
 TASK = "task_"  # begins the name of a task's call
+WHOLE_UPDATE = Parts(1)  # each group does all of it
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class StageStep:
 
     arguments: places of the function's own arguments. parts: places that lie there for all
     microbatches. arrivals: places that other stages send in each; late: those that they send after
-    the last one. sent: places that this one sends.
+    the last one. sent: places that this one sends. over: of what a group has its part only.
     """
 
     stage: int
@@ -48,18 +55,19 @@ class StageStep:
     late: tuple[int, ...]
     sent: tuple[int, ...]
     results: tuple[int, ...]
+    over: Parts
 
 
 def stage_step(
-    made: StagePrograms, groups: Sequence[Group], stage: int, microbatches: int
+    cut: CutProgram, stage: int, microbatches: int, over: Parts = WHOLE_UPDATE
 ) -> StageStep:
-    """The function of a stage. groups: of all stages; microbatches: how many it runs."""
-    program, own = made.program, made.of(stage)
-    mine = [g for g in groups if g.stage == stage]
+    """The function of a stage. microbatches: how many it runs. over: parts of each group."""
+    made, program, own = cut.made, cut.made.program, cut.made.of(stage)
+    mine = [g for g in cut.groups if g.stage == stage]
     home = {p for t in own for p in (*t.outs, *t.sums)}
-    needed, lying = made.whole(stage)
     of_groups = [p for g in mine for p in g.inputs]
-    arguments = tuple(dict.fromkeys([*needed, *of_groups]))
+    arguments = tuple(dict.fromkeys([*made.whole(stage), *of_groups]))
+    ahead, outside = made.ahead(stage), outside_of(own)
     parts = tuple(dict.fromkeys(p for t in own for p in t.parts))
     arrivals = tuple(dict.fromkeys(p for t in own for p in t.ins if p not in home))
     elsewhere = {p for t in made.tasks.values() if t.stage != stage for p in t.ins}
@@ -85,7 +93,8 @@ def stage_step(
     def whole(p: int) -> jax.ShapeDtypeStruct:
         aval = program.avals[p]
         split = isinstance(program.views[p], Split)
-        return local(p) if split else jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        shape = over.local(p, aval.shape) if p in over.rest else aval.shape
+        return local(p) if split else jax.ShapeDtypeStruct(shape, aval.dtype)
 
     kept = [p for t in own for p in t.outs if p in sent or (p in made.after and p not in t.sums)]
 
@@ -97,14 +106,16 @@ def stage_step(
 
         env, stacked = take(arguments), take(parts)
         arrived, others = take(arrivals), take(late)
-        outside = dict(zip(outside_of(own), lying(env), strict=True))
+        known_ahead = {**program.consts, **env}
+        computed(program, over, known_ahead, ahead)
+        lying = {p: put_together(over, p, known_ahead[p]) for p in outside}
 
         def body(carry: Any, sliced: Any) -> Any:
             time, sums, _ = carry
             known, sums = dict(arrived), dict(sums)
             here = dict(zip(parts, sliced, strict=True))
             for task in own:
-                outs, added = _of_task(program, task, time, outside, here, known, sums)
+                outs, added = _of_task(program, task, time, lying, here, known, sums)
                 known.update(zip(task.outs, lax.optimization_barrier(outs), strict=True))
                 sums.update(zip(task.sums, added, strict=True))
             return (time + 1, sums, [known[p] for p in kept]), None
@@ -115,12 +126,23 @@ def stage_step(
         carry = (jnp.int32(0), start, last)
         (_, sums, last), _ = lax.scan(body, carry, list(stacked.values()), length=microbatches)
         found = {**others, **sums, **dict(zip(kept, last, strict=True))}
-        return [*(found[p] for p in sent), *_updated(made, mine, env, found)]
+        return [*(found[p] for p in sent), *_updated(program, mine, over, env, found)]
 
     names = [*map(whole, arguments), *map(of_part, parts), *map(local, arrivals)]
     avals = (*names, *map(whole, late))
     return StageStep(
-        stage, tuple(own), microbatches, run, avals, arguments, parts, arrivals, late, sent, results
+        stage,
+        tuple(own),
+        microbatches,
+        run,
+        avals,
+        arguments,
+        parts,
+        arrivals,
+        late,
+        sent,
+        results,
+        over,
     )
 
 
@@ -139,26 +161,26 @@ def _of_task(
     )
 
 
-def _updated(made: StagePrograms, groups: Sequence[Group], env: Any, found: Any) -> list[Any]:
-    """What comes after the loop."""
-    program = made.program
+def _updated(
+    program: Program, groups: Sequence[Group], over: Parts, given: Any, found: Any
+) -> list[Any]:
+    """What comes after the loop, as one group does it: results that it has whole are whole."""
 
     def whole(p: int) -> Any:
         """What the loop has made: sums as of one group, and of parts as of all steps."""
-        view, shape = program.views[p], program.avals[p].shape
-        if not isinstance(view, Split):
-            return found[p]
-        return whole_of(jnp.broadcast_to(found[p], (program.steps, *found[p].shape)), view, shape)
+        view, aval = program.views[p], program.avals[p]
+        x = found[p]
+        if isinstance(view, Split):
+            steps = jnp.broadcast_to(x, (program.steps, *x.shape))
+            x = whole_of(steps, view, aval.shape)
+        x = x.astype(aval.dtype)
+        return part_of(x, over.dims[p], over.groups) if p in over.dims else x
 
-    out = []
+    env = {**program.consts, **given}
+    wanted = [p for group in groups for p in group.outs]
+    kept = {e.outs[0] for e in live([e for g in groups for e in g.equations], wanted)}
     for group in groups:
-        outs = run_whole(
-            program,
-            group,
-            [env[p] for p in group.inputs],
-            [whole(p) for p in group.made],
-            [found[p] for p in group.ins],
-        )
-        found = {**found, **dict(zip(group.outs, outs, strict=True))}
-        out += outs
-    return out
+        env.update({p: whole(p) for p in group.made if p not in env})
+        env.update({p: found[p] for p in group.ins if p not in env})
+        computed(program, over, env, [e for e in group.equations if e.outs[0] in kept])
+    return [put_together(over, p, env[p]) for group in groups for p in group.outs]

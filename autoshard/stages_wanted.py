@@ -12,7 +12,7 @@ from autoshard.pipeline_data import as_plan
 from autoshard.pipeline_search import Wanted, search_pipelines
 from autoshard.pipelined import OUTER, PipelinedPlan
 from autoshard.scan_pieces import layers_of
-from autoshard.time_axes import AUTO, BATCH, lengths
+from autoshard.time_axes import AUTO, BATCH, begun, lengths, loop_over
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from passes.hints import hints_for
@@ -23,6 +23,7 @@ from passes.microbatch_loop import NoTimeLoop
 from passes.pipeline.published import published
 from passes.search import Progress
 from passes.time_hints import over_devices
+from passes.time_loop import unit_path
 
 _MANY = 10**6
 
@@ -48,6 +49,7 @@ def plan_stages(
     over: TimeAxis = BATCH,
     schedule: str | None = None,
     chunks: int | None = None,
+    shared_update: bool | None = None,
     mesh: Mapping[str, int] | None = None,
     hints: Mapping[str, Any] | None = None,
     limit: float | None = None,
@@ -67,7 +69,7 @@ def plan_stages(
     given = {k: v for k, v in asked.items() if v is not None}
     given |= {} if over.size == AUTO else {"microbatches": over.size}
     call = fn, args, kwargs, options
-    costs = PipelineCosts(*call, cluster, most, hints, fused_attention, solver, over)
+    costs = PipelineCosts(*call, cluster, most, hints, fused_attention, solver, over, shared_update)
     found = search_pipelines(costs, _with(wanted, given), progress)
     data = as_plan(found, traced, cluster, most, fused_attention, over)
     return PipelinedPlan(data, found.best.cut)
@@ -107,7 +109,23 @@ def _wanted(
             "stages": mesh.get("stage"),
             "groups": mesh.get("data", 1),
         }
-    return Wanted(cluster.devices, gcd(*sizes), _layers(traced), flops, state, **fixed)
+    samples = gcd(*sizes)
+    read = _read(traced, samples, over)
+    return Wanted(cluster.devices, samples, _layers(traced), flops, state, read, **fixed)
+
+
+def _read(traced: Traced, samples: int, over: TimeAxis) -> float:
+    """Bytes of the arguments that what runs in microbatches reads as they are.
+
+    All others, such as an optimizer's moments, only what comes before and after it does.
+    """
+    graph = traced.graph
+    steps = next((n for n in range(2, samples + 1) if samples % n == 0), 0)
+    if not steps:
+        return 0.0
+    loop = loop_over(traced, begun(traced, replace(over, size=steps)))
+    inside = {v for op in graph.ops if loop.phases[unit_path(op)] == "loop" for v in op.inputs}
+    return float(sum(graph.values[v].type.nbytes for v in graph.inputs if v in inside))
 
 
 def _layers(traced: Traced) -> int:

@@ -35,6 +35,7 @@ class Wishes:
     stages: int | str | None
     schedule: str | None
     chunks: int | None
+    shared_update: bool | None
     progress: Progress | None
 
     @staticmethod
@@ -50,7 +51,7 @@ class Wishes:
             raise TypeError(
                 f"hints is a mapping of globs to specs, not {type(self.hints).__name__}"
             )
-        for name in ("schedule", "chunks") if self.stages is None else ():
+        for name in ("schedule", "chunks", "shared_update") if self.stages is None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is of a pipeline: give stages too, a number or 'auto'")
         time_wanted(self.time_axes, self.microbatches, self.blockwise)

@@ -68,6 +68,7 @@ def search(
     memory_limit: float | None = None,
     solver: str = "ilp",
     state: Sequence[tuple[int, int]] = (),
+    together: Sequence[tuple[int, int]] = (),
     fused_attention: bool = False,
     time_axes: Sequence[str] = (),
     progress: Progress | None = None,
@@ -75,13 +76,14 @@ def search(
     """The best plan found. graph: without dead code. hints: all of them, the graph's included.
 
     state: (input, output) pairs in which the output takes the input's place at the next step; they
-    get one sharding, and share memory where the input is donated. memory_limit: bytes per device,
-    None for the cluster's. fused_attention: price attention as one kernel. time_axes: names that no
-    axis of a mesh may have. Raises NoFeasiblePlan, and HintError when hints fit none of the meshes.
+    get one sharding, and share memory where the input is donated. together: other pairs of values
+    that get one sharding. memory_limit: bytes per device, None for the cluster's. fused_attention:
+    price attention as one kernel. time_axes: names that no axis of a mesh may have. Raises
+    NoFeasiblePlan, and HintError when hints fit none of the meshes.
     """
     fused = attention(graph) if fused_attention else NONE
     limit = cluster.memory_limit if memory_limit is None else memory_limit
-    setting = _setting(graph, cluster, hints, limit, state, fused)
+    setting = _setting(graph, cluster, hints, limit, state, together, fused)
     meshes = [mesh] if mesh is not None else candidate_meshes(cluster, names_of(hints), time_axes)
     if solver not in ("ilp", "propagate"):
         meshes = natural_meshes(solver, meshes)
@@ -123,6 +125,7 @@ def _setting(
     hints: Sequence[Hint],
     limit: float,
     state: Sequence[tuple[int, int]],
+    together: Sequence[tuple[int, int]],
     fused: Attention,
 ) -> Setting:
     fusion = fuse(graph, cluster.platform, fused)
@@ -132,7 +135,7 @@ def _setting(
         cluster,
         tuple(hints),
         limit,
-        decide(replace(graph, ties=(*graph.ties, *state)), hints),
+        decide(replace(graph, ties=(*graph.ties, *state, *together)), hints),
         liveness(graph, fusion.stored, given, fusion.filled, scheduler(cluster), fusion.casts),
         fusion,
         tuple(state),

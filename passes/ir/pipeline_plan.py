@@ -27,8 +27,10 @@ class Piece:
     forward, backward, weight: seconds of a microbatch's tasks; update: of what comes before and
     after the loop. lying: bytes per device that are always there; working, updating: at most more
     while a task or the update runs. activation: bytes per microbatch from F to the end of B, kept:
-    to the end of W. gradients, sent: bytes per device that are summed over groups in a step, and
-    sent to the next stage in a microbatch.
+    to the end of W. sent: bytes per device to the next stage in a microbatch. reduced, scattered,
+    gathered: bytes per device of sums that each group gets in a step, of those of which it gets a
+    part, and of what is put together from parts. spared: bytes per device that lie less, because
+    groups have the optimizer's state in parts.
     """
 
     plan: int
@@ -41,8 +43,11 @@ class Piece:
     updating: float
     activation: float
     kept: float
-    gradients: float
     sent: float
+    reduced: float
+    scattered: float
+    gathered: float
+    spared: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +69,10 @@ class PipelinePlan:
     """The answer: stages x groups x mesh, the schedule, and what each piece of the model does.
 
     mesh: axes that a group shards over. microbatches: of each group. time_axis:
-    over those of all groups. apart: whether gradients of
-    weights are tasks of their own. send: seconds from a stage to the next. tails, memory: per
-    device of the schedule, seconds after its last task, and bytes.
+    over those of all groups. apart: whether gradients of weights are tasks of their own.
+    shared_update: whether each group updates a part of the state, and holds no other. send:
+    seconds from a stage to the next. tails, memory: per device of the schedule, seconds after its
+    last task, and bytes.
     """
 
     name: str
@@ -80,6 +86,7 @@ class PipelinePlan:
     microbatches: int
     time_axis: TimeAxis
     apart: bool
+    shared_update: bool
     table: Table
     send: float
     tails: tuple[float, ...]

@@ -185,9 +185,10 @@ class Pipeline:
         return self.stages * self.groups * self.parts
 
     def planned(self) -> autoshard.Plan:
-        """The published plan."""
+        """The published plan. Each group held the whole optimizer state of its stage."""
         return self._plan(
             self.model,
+            shared_update=False,
             stages=self.stages,
             mesh={"stage": self.stages, "data": self.groups, "model": self.parts},
             microbatches=self.samples // (self.groups * self.batch),

@@ -52,4 +52,4 @@ def test_every_chunk_of_a_device_has_its_weights_and_its_sums_of_gradients() -> 
     for device, memory in enumerate(found.memory):
         own = found.prices[device::2]
         assert memory > sum(p.lying for p in own)
-        assert all(p.lying > 4 * p.gradients > 0 for p in own)  # weights, two moments, sums
+        assert all(p.lying > 4 * p.exchanged.reduced > 0 for p in own)  # weights, two moments, sums
