@@ -170,34 +170,40 @@ def test_the_better_of_both_is_taken(width: int) -> None:
 
 
 def test_the_program_of_an_update_sends_no_state() -> None:
-    """It gathers new parameters, and nothing else; it holds the parts of moments only."""
+    """It gathers new parameters, and nothing else; it holds the parts of moments only, and once."""
     fn, shapes = layers(OPTIMIZERS["adam"][0], width=64)
-    plan = planned(fn, shapes, MESHES[0])
+    plan = planned(fn, shapes, MESHES[0], donate_argnums=0)
     controller = plan.compile().run  # type: ignore[attr-defined]
     controller(*jax.tree.leaves(filled(shapes)))
     weights = 2 * 64 * 64 * 4
     checked = 0
-    for group, run in zip(controller.updating, controller.updates, strict=True):
+    each = zip(controller.updating, controller.overwritten, controller.updates, strict=True)
+    for group, over, run in each:
         layout, mesh = controller.layouts[group.stage], controller.meshes[0][group.stage]
         if not any(p in layout.over.rest for p in group.inputs):
             continue
         avals = controller.program.avals
 
-        def shaped(shape: Any, dtype: Any, spec: Any, mesh: Any = mesh) -> Any:
-            sharding = jax.NamedSharding(mesh, spec)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        def shaped(p: int, spec: Any, *first: int, mesh: Any = mesh, avals: Any = avals) -> Any:
+            shape, sharding = (*first, *avals[p].shape), jax.NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(shape, avals[p].dtype, sharding=sharding)
 
-        inputs = [shaped(avals[p].shape, avals[p].dtype, layout.whole[p]) for p in group.inputs]
-        sums = [[shaped((4, *avals[p].shape), avals[p].dtype, jax.P("data"))] for p in group.made]
-        ins = [shaped(avals[p].shape, avals[p].dtype, jax.P()) for p in group.ins]
-        compiled = run.lower([], inputs, sums, ins).compile()
+        inputs = {p: shaped(p, layout.whole[p]) for p in group.inputs}
+        compiled = run.lower(
+            [inputs[p] for p in over],
+            [x for p, x in inputs.items() if p not in over],
+            [[shaped(p, jax.P("data"), 4)] for p in group.made],
+            [shaped(p, jax.P()) for p in group.ins],
+        ).compile()
         gathered = [
             np.prod([int(n) for n in dims.split(",") if n]) * 4
             for dims in re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
         ]
         assert sum(gathered) == weights
-        held = compiled.memory_analysis().argument_size_in_bytes
-        assert held == pytest.approx(weights * (1 + 1 + 2 / 4), rel=0.05)
+        memory = compiled.memory_analysis()
+        state = weights * (1 + 2 / 4)
+        assert memory.argument_size_in_bytes == pytest.approx(weights + state, rel=0.01)
+        assert memory.alias_size_in_bytes == pytest.approx(state, rel=0.01)
         checked += 1
     assert checked == 2
 
