@@ -190,6 +190,8 @@ class _Follow:
             if any(isinstance(v, Split) for v in views):
                 self.note_coupling(unit, outer)
             return self.all_are(unit, LATE, "after")
+        for v in (v for op in unit.ops for v in op.outputs if self.views[v] is WHOLE):
+            self.views[v] = INSIDE  # what a scan makes beside parts is not there before it
         return "loop"
 
     def outer(self, unit: _Unit) -> list[int]:

@@ -197,6 +197,18 @@ def test_scan_of_scans_with_remat_in_bfloat16() -> None:
     agree(loss, params, x, near=2e-2)
 
 
+def test_a_scan_that_makes_something_of_the_weights_alone() -> None:
+    """It is there after the loop, not before it, though it is the same in every step."""
+    ws = random(jax.ShapeDtypeStruct((3, 6, 6), jnp.float32))
+    x = random(jax.ShapeDtypeStruct((8, 6), jnp.float32))
+
+    def loss(ws: Any, x: Any) -> Any:
+        y, norms = lax.scan(lambda x, w: (jnp.tanh(x @ w), jnp.sum(w**2)), x, ws)
+        return jnp.mean(y**2) + 0.1 * norms.sum()
+
+    agree(loss, ws, x)
+
+
 def test_recurrent_over_time_first_arrays() -> None:
     """The batch is the second dim of what the scan steps through."""
     params = random({"u": jax.ShapeDtypeStruct((4, 8), jnp.float32)})
