@@ -18,12 +18,15 @@ from autoshard.rewalk import Rewalk
 from autoshard.trace import REMAT, Path, Traced, solve_part
 
 
-def flat(traced: Traced) -> Callable[..., list[Any]]:
-    """The traced function over flat arguments, to be traced again."""
+def flat(traced: Traced, kept: bool = False) -> Callable[..., list[Any]]:
+    """The traced function over flat arguments, to be traced again.
+
+    kept: whether what `jax.checkpoint` computes again stays one equation.
+    """
     jaxpr, consts = open_jaxpr(traced.jaxpr)
 
     def run(*args: Any) -> list[Any]:
-        return Flat().walk(jaxpr, consts, list(args))
+        return (Kept if kept else Flat)().walk(jaxpr, consts, list(args))
 
     return run
 
@@ -94,3 +97,13 @@ class Flat(Rewalk):
 
         branches = [branch(b, j) for b, j in enumerate(eqn.params["branches"])]
         return list(lax.switch(jnp.asarray(index, jnp.int32), branches, *rest))
+
+
+class Kept(Flat):
+    """As flat, but for what `jax.checkpoint` computes again: that stays as the user wrote it."""
+
+    def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
+        """The results of one equation."""
+        if eqn.primitive.name in REMAT and eqn.params.get("differentiated"):
+            return self.plain(eqn, operands, path)
+        return super().equation(eqn, operands, path)

@@ -1,7 +1,8 @@
 """A flat function whose scans make again what they would take from outside.
 
-Which, `passes.through_scans` says. The scan that made a value hands out, beside its own results,
-what the value is made of; the one that reads it has the operations at the beginning of its body.
+Which, `passes.through_scans` says, and `passes.remat_scans`. The scan that made a value hands out,
+beside its own results, what the value is made of; the one that reads it has the operations at the
+beginning of its body.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 from jax import lax
 
-from autoshard.flat import Flat
-from autoshard.jax_compat import Literal, bind, open_jaxpr, scan_counts, traced_at
+from autoshard.flat import Kept
+from autoshard.jax_compat import Literal, Var, bind, open_jaxpr, scan_counts, traced_at
 from autoshard.rewalk import read
 from autoshard.trace import Path, Traced
 from passes.ir.graph import Graph
@@ -20,17 +21,17 @@ from passes.through_scans import Chain, ThroughScans
 
 
 def through_scans(traced: Traced, again: ThroughScans) -> Callable[..., list[Any]]:
-    """The function over flat arguments. traced: a flat one."""
+    """The function over flat arguments. traced: a flat one, but for what `Kept` leaves."""
     jaxpr, consts = open_jaxpr(traced.jaxpr)
 
     def run(*args: Any) -> list[Any]:
-        return _Through(traced.graph, again).walk(jaxpr, consts, list(args))
+        return Through(traced.graph, again).walk(jaxpr, consts, list(args))
 
     return run
 
 
-class _Through(Flat):
-    """Computes a jaxpr; each body keeps what its scans know of one another."""
+class Through(Kept):
+    """Computes a flat jaxpr; each body keeps what its scans know of one another."""
 
     def __init__(self, graph: Graph, again: ThroughScans) -> None:
         self.graph, self.chains = graph, again.chains
@@ -52,10 +53,15 @@ class _Through(Flat):
         env.update(zip(jaxpr.invars, args, strict=True))
         self.envs[path], self.jaxprs[path] = env, jaxpr
         for i, eqn in enumerate(jaxpr.eqns):
+            operands = self.operands(eqn, env, (*path, i))
             with traced_at(eqn):
-                outs = self.equation(eqn, [read(v, env) for v in eqn.invars], (*path, i))
+                outs = self.equation(eqn, operands, (*path, i))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v, env) for v in jaxpr.outvars]
+
+    def operands(self, eqn: Any, env: Mapping[Any, Any], path: Path) -> list[Any]:
+        """What an equation takes."""
+        return [read(v, env) for v in eqn.invars]
 
     def scan(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
         """A scan that makes values again, or gives what they are made of."""
@@ -71,6 +77,8 @@ class _Through(Flat):
         leaves = self.leaves(inner, given, path)
         drop = self.unread.get(path, frozenset())
         results = [k for k in range(n_carry, len(eqn.outvars)) if k not in drop]
+        stacks = {inner.outvars[k]: k for k in results if isinstance(inner.outvars[k], Var)}
+        more_of = [var for var in leaves if var not in stacks]
 
         def body(carry: Any, sliced: Any) -> Any:
             own, more = sliced
@@ -82,17 +90,19 @@ class _Through(Flat):
                     args[k] = made
             outs = self.walk(inner, body_consts, args, (*path, "body"))
             env = self.envs[(*path, "body")]
-            return outs[:n_carry], ([outs[k] for k in results], [env[v] for v in leaves])
+            return outs[:n_carry], ([outs[k] for k in results], [env[v] for v in more_of])
 
         params, init = eqn.params, list(operands[n_consts:entering])
         xs = ([operands[k] for k in kept], extra)
         carry, (ys, more) = lax.scan(
             body, init, xs, params["length"], params["reverse"], params["unroll"]
         )
-        self.sources.setdefault(path, {}).update(zip(leaves, more, strict=True))
         out = [*carry, *([None] * (len(eqn.outvars) - n_carry))]
         for k, y in zip(results, ys, strict=True):
             out[k] = y
+        known = self.sources.setdefault(path, {})
+        known.update(zip(more_of, more, strict=True))
+        known.update({var: out[stacks[var]] for var in leaves if var in stacks})
         return out
 
     # of the scan that writes
@@ -116,12 +126,18 @@ class _Through(Flat):
         op = self.graph.ops[self.graph.producers()[v]]
         if op.is_link and op.path[:-2] == path:
             return inner.invars[int(op.path[-1])]
-        eqn = inner.eqns[int(op.path[len(path) + 1])]
-        if op.is_link:
-            return eqn.outvars[int(op.path[-1])]
-        return eqn.outvars[op.outputs.index(v)]
+        return self.made_by(v, inner, (*path, "body"))
+
+    def made_by(self, v: int, jaxpr: Any, at: Path) -> Any:
+        """The variable of a value that an equation of a body makes. at: the body's path."""
+        op = self.graph.ops[self.graph.producers()[v]]
+        number, *rest = op.path[len(at) :]
+        eqn = jaxpr.eqns[int(number)]
+        k = int(rest[-1]) if rest[:1] == ["out"] else op.outputs.index(v)
+        return eqn.outvars[k]
 
     def equation_at(self, path: Path) -> Any:
+        """The equation at a path."""
         return self.jaxprs[path[:-1]].eqns[int(path[-1])]
 
     # of the scan that makes again
@@ -151,20 +167,29 @@ class _Through(Flat):
             consts = open_jaxpr(self.equation_at(chain.writer).params["jaxpr"])[1]
             env = {**dict(zip(jaxpr.constvars, consts, strict=True)), **self.sources[chain.writer]}
             env.update(zip(self.slices(chain), stacked, strict=True))
-        local: dict[Any, Any] = {}
-        values: dict[int, Any] = {}
-        for o in chain.ops:
-            op = self.graph.ops[o]
-            eqn = jaxpr.eqns[int(op.path[-1])]
-            operands = [
-                a.val if isinstance(a, Literal) else local[a] if a in local else env[a]
-                for a in eqn.invars
-            ]
-            with traced_at(eqn):
-                outs = bind(eqn, operands)
-            local.update(zip(eqn.outvars, outs, strict=True))
-            values.update(zip(op.outputs, outs, strict=True))
-        return {k: values[v] for k, v in chain.makes.items()}
+        local = done_again(jaxpr, chain.equations, env)
+        if chain.writer is None:
+            names = {k: self.made_by(v, jaxpr, path[:-1]) for k, v in chain.makes.items()}
+        else:
+            names = {k: self.variable(v, chain.writer) for k, v in chain.makes.items()}
+        return {k: local[var] if var in local else env[var] for k, var in names.items()}
+
+
+def done_again(
+    jaxpr: Any, equations: Sequence[Path], env: Mapping[Any, Any], reader: Any = None
+) -> dict[Any, Any]:
+    """What these equations of a body make. reader: an equation whose named scopes they get."""
+    local: dict[Any, Any] = {}
+    for at in equations:
+        eqn = jaxpr.eqns[int(at[-1])]
+        operands = [
+            a.val if isinstance(a, Literal) else local[a] if a in local else env[a]
+            for a in eqn.invars
+        ]
+        with traced_at(reader or eqn, eqn):
+            outs = bind(eqn, operands)
+        local.update(zip(eqn.outvars, outs, strict=True))
+    return local
 
 
 def _unread(graph: Graph, again: ThroughScans) -> Mapping[Path, frozenset[int]]:

@@ -21,13 +21,13 @@ from passes.ir.graph import Graph, Op
 class Chain:
     """Operations by which a scan's body makes some of its inputs itself.
 
-    writer: the path of the scan in whose body they stand, None for the body around. ops: ids, in
-    order. makes: by the number of an input of the scan, the value. leaves: values that the
-    operations read and do not make.
+    writer: the path of the scan in whose body they stand, None for the body around. equations:
+    their paths, in order. makes: by the number of an input of the scan, the value. leaves: values
+    that the operations read and do not make.
     """
 
     writer: Path | None
-    ops: tuple[int, ...]
+    equations: tuple[Path, ...]
     makes: Mapping[int, int]
     leaves: tuple[int, ...]
 
@@ -43,7 +43,7 @@ class ThroughScans:
 
 
 @dataclass(frozen=True)
-class _Scan:
+class Scan:
     """A scan: its links from outside by number, and to outside."""
 
     unit: Unit
@@ -59,7 +59,7 @@ def made_again(graph: Graph, bodies: Sequence[Body], least: float) -> ThroughSca
     most = max((v.type.size for v in graph.values), default=0)
     chains: dict[Path, tuple[Chain, ...]] = {}
     for body in bodies:
-        scans = _scans(graph, body, at)
+        scans = scans_of(graph, body, at)
         stacks = {op.outputs[0]: (s, op) for s in scans.values() for op in s.leaves.values()}
         for scan in scans.values():
             found = _from_around(graph, body, huge[body.path], scan, least, PART * most)
@@ -78,12 +78,14 @@ def made_again(graph: Graph, bodies: Sequence[Body], least: float) -> ThroughSca
                     found += _from_writer(graph, inner, huge[inner.path], writer, mine, most)
             if found:
                 chains[scan.unit.path] = tuple(found)
-    made = (graph.ops[o] for cs in chains.values() for c in cs for o in c.ops)
+    by_path = {op.path: op for op in graph.ops}
+    made = (by_path[path] for cs in chains.values() for c in cs for path in c.equations)
     lines = {f"{op.name} at {op.source}": None for op in made if op.name in PRODUCTS}
     return ThroughScans(chains, tuple(lines))
 
 
-def _scans(graph: Graph, body: Body, at: Mapping[Path, Body]) -> dict[Path, _Scan]:
+def scans_of(graph: Graph, body: Body, at: Mapping[Path, Body]) -> dict[Path, Scan]:
+    """The scans of a body, by path. at: all bodies."""
     loops = {op.path[:-2] for op in graph.ops if graph.regions[op.region].kind == "scan"}
     units = {u.path: u for u in body.units if (*u.path, "body") in at and u.path in loops}
     enters: dict[Path, dict[int, Op]] = {path: {} for path in units}
@@ -96,11 +98,11 @@ def _scans(graph: Graph, body: Body, at: Mapping[Path, Body]) -> dict[Path, _Sca
             side[path][int(op.path[-1])] = op
             if side is leaves:
                 trips[path] = graph.regions[op.region].trips
-    return {p: _Scan(u, enters[p], leaves[p], trips[p]) for p, u in units.items()}
+    return {p: Scan(u, enters[p], leaves[p], trips[p]) for p, u in units.items()}
 
 
 def _from_around(
-    graph: Graph, body: Body, huge: Huge, scan: _Scan, least: float, size: float
+    graph: Graph, body: Body, huge: Huge, scan: Scan, least: float, size: float
 ) -> list[Chain]:
     """What is made ahead of a scan, and is cheap."""
     carried = {c for c, _ in graph.ties}
@@ -118,7 +120,7 @@ def _from_around(
 
 
 def _from_writer(
-    graph: Graph, inner: Body, huge: Huge, writer: _Scan, makes: Mapping[int, int], most: int
+    graph: Graph, inner: Body, huge: Huge, writer: Scan, makes: Mapping[int, int], most: int
 ) -> list[Chain]:
     """What a forward scan stacks, and is huge or cheap."""
     carried = {c for c, _ in graph.ties}
@@ -136,7 +138,7 @@ def _from_writer(
 
 def _made_of(
     graph: Graph, body: Body, huge: Huge, values: Iterable[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+) -> tuple[tuple[Path, ...], tuple[int, ...]]:
     """The operations that make huge and cheap values of small ones, and these."""
     makers = {v: u.op for u in body.units for v in u.makes if u.op >= 0}
     within = {body.units[k].op for part in huge.parts for k in part.units}
@@ -153,4 +155,4 @@ def _made_of(
         elif maker not in ops:
             ops.add(maker)
             todo += graph.ops[maker].inputs
-    return tuple(sorted(ops)), tuple(sorted(leaves))
+    return tuple(graph.ops[o].path for o in sorted(ops)), tuple(sorted(leaves))
