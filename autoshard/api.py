@@ -13,6 +13,8 @@ from autoshard.blockwise import first_that_fits, that_may_help
 from autoshard.bound_plan import Plan, of_devices, traced_for
 from autoshard.parallelized import Parallelized
 from autoshard.pipelined import OUTER
+from autoshard.remat import checked as checked_remat
+from autoshard.remat import rematable, rematerialized
 from autoshard.stages_wanted import checked_stages, plan_stages
 from autoshard.state import state_pairs
 from autoshard.time_axes import sized
@@ -45,6 +47,7 @@ def plan(
     microbatches: int | str | None = None,
     blockwise: int | str | None = None,
     time_axes: Mapping[str, int | str] | None = None,
+    remat: str | None = None,
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,
@@ -64,7 +67,10 @@ def plan(
     they are never there as a whole; "auto" for as few as fit. time_axes: name to size, or "auto",
     of axes that run over the steps of loops; hints name them for dims of arguments as they name
     axes of the mesh, and one that they do not name runs over the batch. microbatches=8 and
-    blockwise=4 are short for time_axes={"micro": 8, "block": 4}.
+    blockwise=4 are short for time_axes={"micro": 8, "block": 4}. remat: what the backward half
+    computes again instead of keeping it, by layers: nothing but what the user's own jax.checkpoint
+    does (None or "none"), "full", or "auto" for as few layers as are needed to fit (of a pipeline,
+    none or all).
 
     stages: into how many stages of a pipeline fn is cut, or "auto" for the fastest number; the
     answer is then a PipelinedPlan, but for "auto" on up to 64 devices where one program for all of
@@ -104,7 +110,34 @@ def _plan(
     jit_options: Mapping[str, Any],
     wishes: Wishes,
 ) -> Plan:
+    """The plan, with parts computed again where that is wanted."""
     wishes.check()
+    remat, hardware, limit = checked_remat(wishes.remat), wishes.hardware, wishes.limit
+    if remat == "none":
+        return _as_written(fn, args, kwargs, jit_options, wishes)
+    most = hardware.memory_limit if limit is None else limit
+    with _no_collector():
+        plan, again, note = rematerialized(
+            rematable(fn, args, kwargs, jit_options),
+            remat,
+            lambda other: _as_written(other, args, kwargs, jit_options, wishes),
+            lambda found: found.cost.peak_memory <= most,
+            hardware,
+            wishes.progress,
+            by_parts=wishes.stages is None,
+        )
+    plan.data = dataclasses.replace(plan.data, remat=again, notes=(note, *plan.data.notes))
+    return plan
+
+
+def _as_written(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    jit_options: Mapping[str, Any],
+    wishes: Wishes,
+) -> Plan:
+    """The plan of a function as it is."""
     hardware = wishes.hardware
     with _no_collector():
         if wishes.stages is None:
@@ -113,7 +146,7 @@ def _plan(
     alone = wishes.stages == "auto" and wishes.schedule is None and wishes.mesh is None
     if not alone or hardware.devices > _FEW:
         return found
-    return _faster(found, partial(_plan, fn, args, kwargs, jit_options), wishes)
+    return _faster(found, partial(_as_written, fn, args, kwargs, jit_options), wishes)
 
 
 def _one_program(
@@ -275,6 +308,7 @@ def parallelize(
     microbatches: int | str | None = None,
     blockwise: int | str | None = None,
     time_axes: Mapping[str, int | str] | None = None,
+    remat: str | None = None,
     stages: int | str | None = None,
     schedule: str | None = None,
     chunks: int | None = None,

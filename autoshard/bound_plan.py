@@ -17,6 +17,7 @@ from autoshard.lower import constrained
 from autoshard.mesh import device_mesh, lowering_platform, partition_spec
 from autoshard.parallelized import Parallelized
 from autoshard.placement import placed
+from autoshard.remat import computing_again
 from autoshard.state import state_pairs
 from autoshard.time_axes import begun, in_steps_of
 from autoshard.trace import Traced, trace
@@ -141,6 +142,7 @@ class Plan:
 
     def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         """The same plan for this function, which must be the one it was made for (PlanError)."""
+        fn = computing_again(fn, args, kwargs, self.data.remat)
         blocks = Blocks(self.data.blocks, self.data.block_bytes)
         traced = traced_for(fn, args, kwargs, {}, self.data.time_axes, blocks)
         signature = ir.signature_of(traced.graph)

@@ -83,6 +83,7 @@ def plan_command(
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
     time_axis: cli_options.TimeAxes = None,
+    remat: cli_options.Remat = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -111,7 +112,9 @@ def plan_command(
             _check_writable(file)
     over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
     staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, over_time, staged)
+    found = _plan(
+        target, cluster, mesh, hint, solver, memory_limit, donate, over_time, staged, remat
+    )
     if json is not None:
         atomic_file.write(json, found.to_json())
     if dump_problem is not None:
@@ -143,6 +146,7 @@ def run_command(
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
     time_axis: cli_options.TimeAxes = None,
+    remat: cli_options.Remat = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -182,6 +186,7 @@ def run_command(
             memory_limit=memory_limit,
             solver=solver,
             **over_time.options(),
+            remat=remat,
             **cli_options.Staged(stages, schedule, chunks).options(),
             progress=tell,
         )
@@ -232,6 +237,7 @@ def explain_command(
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
     time_axis: cli_options.TimeAxes = None,
+    remat: cli_options.Remat = None,
     memory_limit: Limit = None,
     donate: Donate = None,
     debug: Debug = False,
@@ -239,7 +245,7 @@ def explain_command(
     """Say why a value is split so, and what else costs."""
     del debug
     over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, over_time)
+    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, over_time, remat=remat)
     with progress("explaining"):
         text = found.explain(glob)
     show(text)
@@ -257,6 +263,7 @@ def verify_command(
     microbatches: cli_options.InMicrobatches = None,
     blockwise: cli_options.Blockwise = None,
     time_axis: cli_options.TimeAxes = None,
+    remat: cli_options.Remat = None,
     stages: cli_options.InStages = None,
     schedule: cli_options.OfSchedule = None,
     chunks: cli_options.OfChunks = None,
@@ -275,7 +282,9 @@ def verify_command(
     hardware = prepare_compiler(cluster)
     over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
     staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(target, hardware, mesh, hint, solver, memory_limit, donate, over_time, staged)
+    found = _plan(
+        target, hardware, mesh, hint, solver, memory_limit, donate, over_time, staged, remat
+    )
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
@@ -439,6 +448,7 @@ def _plan(
     donate: list[int] | None,
     over_time: cli_options.OverTime = cli_options.AT_ONCE,
     stages: cli_options.Staged = cli_options.UNSTAGED,
+    remat: str | None = None,
 ) -> Plan:
     """Load the target and plan it."""
     from cost_models.cluster import cluster as read_cluster
@@ -460,6 +470,7 @@ def _plan(
             memory_limit=memory_limit,
             solver=solver,
             **options,
+            remat=remat,
             progress=tell,
         )
 

@@ -47,6 +47,7 @@ _CHECKS = frozenset(
         "api.py",
         "cli_options.py",
         "jit_options.py",
+        "remat.py",
         "stages_wanted.py",
         "time_wanted.py",
         "units.py",

@@ -93,6 +93,14 @@ TimeAxes = Annotated[
         metavar="NAME=NUMBER",
     ),
 ]
+Remat = Annotated[
+    str | None,
+    typer.Option(
+        "--remat",
+        help="what the backward half computes again, by layers: none, full, or auto",
+        metavar="WHAT",
+    ),
+]
 InStages = Annotated[
     str | None,
     typer.Option(

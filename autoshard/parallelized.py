@@ -49,6 +49,10 @@ class Parallelized:
         args, kwargs = self._dynamic(args, kwargs)
         return self._compiled[key](*args, **kwargs)
 
+    def of(self, fn: Callable[..., Any]) -> Parallelized:
+        """The same for another function with the same arguments."""
+        return Parallelized(fn, self.options, self.hints, self._make)
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method it takes its instance first; make that static if it is no pytree."""
         return self if instance is None else _Method(self, instance)

@@ -21,6 +21,7 @@ from autoshard.in_stages import Staged
 from autoshard.mesh import device_mesh
 from autoshard.pipeline_costs import Form, stage_of
 from autoshard.pipeline_data import schedule_of, timeline_of, whole_memory
+from autoshard.remat import computing_again
 from autoshard.spmd_pipeline import SpmdPipeline
 from autoshard.stage_layout import StageLayout, planned_layout
 from autoshard.stage_prices import traced_stage
@@ -169,6 +170,7 @@ class PipelinedPlan(Plan):
     def bind(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> PipelinedPlan:
         """The same plan for this function, which must be the one it was made for (PlanError)."""
         data = self.data
+        fn = computing_again(fn, args, kwargs, data.remat)
         cut = cut_program(
             fn,
             args,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from autoshard.devices import cluster_here
+from autoshard.remat import checked
 from autoshard.time_wanted import TimeWanted, time_wanted
 from cost_models.cluster import Cluster
 from cost_models.cluster import cluster as read_cluster
@@ -32,6 +33,7 @@ class Wishes:
     microbatches: int | str | None
     blockwise: int | str | None
     time_axes: Mapping[str, int | str] | None
+    remat: str | None
     stages: int | str | None
     schedule: str | None
     chunks: int | None
@@ -54,6 +56,7 @@ class Wishes:
         for name in ("schedule", "chunks", "shared_update") if self.stages is None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is of a pipeline: give stages too, a number or 'auto'")
+        checked(self.remat)
         time_wanted(self.time_axes, self.microbatches, self.blockwise)
 
     @property

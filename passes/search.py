@@ -236,7 +236,7 @@ def _message(setting: Setting, lost: Sequence[Alternative]) -> str:
     notes = "; ".join(f"{', '.join(of)}: {note}" for note, of in meshes.items())
     return (
         f"no plan of {setting.graph.name} fits in {format_bytes(setting.limit)} per device. "
-        f"{notes}. More devices, microbatches, rematerialisation (jax.checkpoint), donated "
+        f"{notes}. More devices, microbatches, rematerialisation (remat='auto'), donated "
         "state (donate_argnums), fewer hard hints or a larger memory_limit would help"
     )
 

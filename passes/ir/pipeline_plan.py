@@ -16,7 +16,7 @@ from cost_models.cluster import Cluster
 from passes.ir.mesh import Mesh
 from passes.ir.plan import Alternative, Cost, Plan, PlanError, TimeAxis, check_plan, read_as
 
-VERSION = 2
+VERSION = 3
 MARK = '"pipeline_version"'  # stands in the JSON of each of them
 
 
@@ -72,7 +72,7 @@ class PipelinePlan:
     over those of all groups. apart: whether gradients of weights are tasks of their own.
     shared_update: whether each group updates a part of the state, and holds no other. send:
     seconds from a stage to the next. tails, memory: per device of the schedule, seconds after its
-    last task, and bytes.
+    last task, and bytes. remat: as of a Plan.
     """
 
     name: str
@@ -99,6 +99,7 @@ class PipelinePlan:
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
     fused_attention: bool = False
+    remat: tuple[int, ...] = ()
     pipeline_version: int = VERSION
 
     @property

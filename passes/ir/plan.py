@@ -22,7 +22,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.ir.text import hint_text
 
-VERSION = 7
+VERSION = 8
 Axes = tuple[int, ...]
 
 
@@ -144,7 +144,8 @@ class Plan:
     fused_attention: whether attention is priced as one kernel (`passes.attention`). time_axes: over
     the steps of loops, the outermost first (`passes.time_loop`). blocks, block_bytes: into how many
     blocks huge values are cut, or how large a block is at most, all devices together
-    (`passes.block_counts`); 0 for neither.
+    (`passes.block_counts`); 0 for neither. remat: numbers of the parts that the backward half
+    computes again (`passes.remat`).
     """
 
     name: str
@@ -170,6 +171,7 @@ class Plan:
     time_axes: tuple[TimeAxis, ...] = ()
     blocks: int = 0
     block_bytes: int = 0
+    remat: tuple[int, ...] = ()
     version: int = VERSION
 
     @property
