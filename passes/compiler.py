@@ -50,13 +50,25 @@ def sums_whole(platform: str) -> bool:
     return platform == "tpu"
 
 
+def quotients_kept(cluster: Cluster) -> bool:
+    """Whether what is divided and made narrower is kept for all who read it.
+
+    For v5p XLA keeps the weights of an attention in bfloat16, for v5e and v6e each reader computes
+    them again (steps of GPT and LLaMA, of long attention; jax 0.10.2, libtpu 0.0.42.1).
+    """
+    fitted = cluster.chip.fitted
+    return fitted is not None and fitted.quotients_kept == 1
+
+
 class Scheduler(NamedTuple):
     """How a compiler orders a program. hides_latencies: constants come first, and gradients of a
-    loop's weights last. updates_late: new state outside loops comes after all of them.
+    loop's weights last. updates_late: new state outside loops comes after all of them. frees_first:
+    products that free more than they make come first.
     """
 
     hides_latencies: bool = False
     updates_late: bool = False
+    frees_first: bool = False
 
 
 PLAIN = Scheduler()
@@ -73,4 +85,5 @@ def scheduler(cluster: Cluster) -> Scheduler:
     0.0.42.1).
     """
     major = str(cluster.compiler.get("cuda_compute_capability", "0")).partition(".")[0]
-    return Scheduler(hides_latencies=int(major) >= 9, updates_late=cluster.platform == "tpu")
+    tpu = cluster.platform == "tpu"
+    return Scheduler(hides_latencies=int(major) >= 9, updates_late=tpu, frees_first=tpu)

@@ -20,7 +20,7 @@ from passes.ir.graph import Graph, Op
 from passes.kernels import Behind, Kernel, Kernels, Traffic
 from passes.liveness import IN_PLACE
 from passes.stored_bytes import StoredBytes, stored_bytes
-from passes.tile_padding import outer_dims
+from passes.tile_padding import DOT, batch_dims, outer_dims, wasteful
 from passes.weight_casts import WeightCast, weight_casts
 
 # How many times the bytes of keeping a value XLA:TPU moves rather than keep it: a guess. Over 45
@@ -53,20 +53,25 @@ class Fusion:
         return {c.values[0]: c.parts for c in self.casts if c.parts > 1}
 
 
-def fuse(graph: Graph, platform: str, inside: Attention = NONE) -> Fusion:
+def fuse(
+    graph: Graph, platform: str, inside: Attention = NONE, quotients_kept: bool = False
+) -> Fusion:
     """What this platform's XLA keeps in memory, and the traffic of every operation.
 
     inside: attention that a kernel of its own computes; none of its inner values are kept or moved.
+    quotients_kept: as of `cost_models.fitted`.
     """
     kept = stored_bytes(graph, platform)
     casts = weight_casts(graph) if platform == "tpu" else ()
-    fuser = _Fuser(Chains(graph, kept.of_value, platform == "tpu"), inside, casts).run()
+    chains = Chains(graph, kept.of_value, platform == "tpu")
+    fuser = _Fuser(chains, inside, casts, quotients_kept).run()
     if platform == "tpu":
         seen_whole = fuser.seen_whole()
         narrower = stored_bytes(graph, platform, seen_whole)
         if narrower.of_value != kept.of_value:
             kept = narrower
-            fuser = _Fuser(Chains(graph, kept.of_value, True), inside, casts).run()
+            chains = Chains(graph, kept.of_value, True)
+            fuser = _Fuser(chains, inside, casts, quotients_kept).run()
     filled = _filled(graph) if platform == "gpu" else frozenset[int]()
     stored = tuple(
         (s or v in filled) and v not in inside.inside for v, s in enumerate(fuser.stored)
@@ -99,8 +104,13 @@ def _filled(graph: Graph) -> frozenset[int]:
 
 class _Fuser:
     def __init__(
-        self, chains: Chains, attention: Attention, casts: Sequence[WeightCast] = ()
+        self,
+        chains: Chains,
+        attention: Attention,
+        casts: Sequence[WeightCast],
+        quotients_kept: bool,
     ) -> None:
+        self.quotients_kept = quotients_kept
         self.chains, self.graph, self.nbytes = chains, chains.graph, chains.nbytes
         self.values, self.consumers = chains.values, chains.consumers
         self.tpu, self.inside = chains.tpu, attention.inside
@@ -206,7 +216,8 @@ class _Fuser:
         for k, v in enumerate(op.inputs):
             self.kernels.pay(kernel, (op.id, k), self._source(v))
         v = op.outputs[0]
-        chain, soft = self.chains.after_product(op) if self.tpu else ([v], False)
+        goes_on = self.tpu and not self._is_spread(op)
+        chain, soft = self.chains.after_product(op) if goes_on else ([v], False)
         for u in chain[:-1]:
             self.inner[u] = kernel
             self.stored[u] = False
@@ -214,7 +225,7 @@ class _Fuser:
         if soft:
             self.soft.add(end)
         readers = {c for c, _ in self.consumers[end]}
-        if self.tpu and end not in self.chains.results and len(readers) == 1:
+        if goes_on and end not in self.chains.results and len(readers) == 1:
             only = self.graph.ops[min(readers)]
             if reduces(only) or only.name == "scan_stack":
                 self.inner[end] = kernel
@@ -260,10 +271,25 @@ class _Fuser:
         if not self.could[v] or v in self.inside or not self._taken(v, behind):
             return False
         n = len(self.ends[v])
+        if self.quotients_kept and self._is_narrowed_quotient(v):
+            return False
         kept = (n + 1) * self.nbytes[v] * (_READILY if self.tpu else 1)
         if self.tpu and self.chains.is_sign(v):
             kept *= 2
         return (n - 1) * sum(behind.leaves.values()) <= kept
+
+    def _is_spread(self, op: Op) -> bool:
+        """Whether a product's result is laid anew for its readers: none runs in its kernel."""
+        shape = self.values[op.outputs[0]].shape
+        return op.name == DOT and wasteful(shape, batch_dims(op.rule, op.rule.results[0]))
+
+    def _is_narrowed_quotient(self, v: int) -> bool:
+        """Whether several read it, and it is a quotient made narrower: weights of an attention."""
+        op = self.graph.ops[self.chains.producers[v]]
+        if len({c for c, _ in self.consumers[v]}) < 2 or op.name != "convert_element_type":
+            return False
+        maker = self.chains.producers[op.inputs[0]]
+        return self._narrows(op) and maker >= 0 and self.graph.ops[maker].name == "div"
 
     def _taken(self, v: int, behind: Behind) -> bool:
         """Whether the products that read a value take all that is behind it into their kernels."""

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from passes.ahead import gathers_ahead
 from passes.answer import Change
 from passes.compiler import sums_whole
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import Axes
 from passes.ir.sharding import PARTIAL, Sharding
 from passes.lent import Span, lent
-from passes.op_cost import NEAR
 from passes.priced import Priced
 from passes.relaid import copy_bytes
-from passes.tile_padding import padded
+from passes.tile_padding import DOT, batch_dims, padded, wasteful
 from passes.vmem import in_vmem
 
 
@@ -55,8 +55,23 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
         if size:
             yield Held(begin, end, size, v, values[v], True)
+    if priced.cluster.platform == "tpu":
+        yield from _spread(priced, values)
     for _, copy in held_changes(priced, changed):
         yield copy
+
+
+def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
+    """Operands of batched products that are laid anew for them, with the batch outside."""
+    graph, kept = priced.graph, priced.fusion.kept
+    for op in graph.ops:
+        batch = [batch_dims(op.rule, d) for d in op.rule.operands] if op.name == DOT else []
+        step = priced.live.when[op.id]
+        for k, (v, outer) in enumerate(zip(op.inputs, batch, strict=False)):
+            shape = Sharding(values[v]).local_shape(graph.values[v].shape, priced.mesh.sizes)
+            if priced.fusion.outer[v] != outer and wasteful(shape, outer):
+                size = local_bytes(kept.sent(v, (op.id, k) in kept.narrow), values[v], priced)
+                yield Held(step, step + 1, size * padded(shape, outer), v, values[v], True)
 
 
 def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
@@ -66,14 +81,15 @@ def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Ch
     for (op, k), copy in priced.copies.items():
         key = copy, priced.graph.ops[op].inputs[k]
         last[key] = max(last.get(key, 0), live.when[op])
-    for c in changed:
+    early = gathers_ahead(priced, changed)
+    for n, c in enumerate(changed):
         sent = any(m.kind != "slice" for m in c.moves)
         begin = live.when[c.op]
         if c.side == "result" or not (sent or live.stored[c.value]):
             continue
         end = last[c.shared, c.value] if c.side == "copy" else begin
         size = lying_bytes(c.value, c.nbytes, c.target, priced)
-        yield c, Held(begin, end + 1, size, c.value, c.target, True)
+        yield c, Held(early.get(n, begin), end + 1, size, c.value, c.target, True)
     yield from _summands(priced, changed)
 
 
@@ -81,16 +97,15 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
     """Results that lie there as they are made, too.
 
     Not where a TPU hands them on in its VMEM. But those of what a loop stacks up, as of gradients,
-    it keeps to the end of the loop's body (steps of LLaMA for v5e:4x4), and those that wait for a
-    loop to end it keeps whole until they are read, or sums them whole (the gradient of the head in
-    steps of GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu 0.0.42.1).
+    it keeps to the end of the loop's body (steps of LLaMA for v5e:4x4). Outside loops it sums them
+    whole, and each reader takes its part of the whole sum, which lies there until the last of them
+    (gradients in steps of MLPs, GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu 0.0.42.1).
     """
     graph, live = priced.graph, priced.live
     fitted = priced.cluster.chip.fitted
-    near = 0.0 if fitted is None else NEAR * fitted.vmem
+    near = 0.0 if fitted is None else fitted.handed_on * fitted.vmem
     stacked = frozenset[int]() if fitted is None else _stacked(graph)
     whole, consumers = sums_whole(priced.cluster.platform), graph.consumers()
-    loops = [live.when[r.begin] for r in graph.regions if r.kind in LOOPS and r.begin < r.end]
     for c in changed:
         if c.side != "result" or all(m.kind == "slice" for m in c.moves):
             continue
@@ -100,8 +115,7 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
             loop = graph.innermost(graph.ops[c.op].region, LOOPS)
             end = max(end, live.when[graph.regions[loop].end - 1])
         elif whole and PARTIAL in c.source and not graph.ops[c.op].region:
-            last = _last_read(priced, c.value, consumers)
-            end = last if any(begin < loop < last for loop in loops) else end
+            end = max(end, _last_read(priced, c.value, consumers))
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
             yield c, Held(begin, end, size, c.value, c.source, True)
@@ -155,7 +169,7 @@ def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:
 def _in_vmem(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64] | float:
     """Bytes of what is made, or copied, and needs no HBM, at each step; 0 but on a TPU."""
     fitted = priced.cluster.chip.fitted
-    if fitted is None:
+    if fitted is None or not fitted.handed_on:
         return 0.0
     makers, results = priced.graph.producers(), set(priced.graph.outputs)
     made = (h for h in found if (h.copy or makers[h.value] >= 0) and h.value not in results)

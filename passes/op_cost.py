@@ -27,15 +27,14 @@ from passes.ir.sharding import BROADCAST
 from passes.kernels import Traffic, Work
 from passes.relaid import PASSES, laid_anew
 from passes.strategies import Axes, Layouts, Strategy, factor_parts, operand_axes, parts
+from passes.tile_padding import DOT, batch_dims, padded, wasteful
 
 # A window of more places than this is no forward convolution's, but that of a weight's gradient.
 _MOST_TAPS = 128
 
-# Values that kernels hand to each other stay in a TPU's VMEM up to this share of it: kernels do not
-# wait for them. Chosen on tests/accuracy's programs: over 139 plans for v5e, v5p and v6e the median
-# errors of compute are 7, 10 and 9 % with it, 10, 10, 10 % with 0.3, and 8, 10, 13 % with 0.12.
-NEAR = 0.2
-
+# Operands and results of a product stay in VMEM, as they are laid for it, up to this share of it:
+# copies there take next to no time (crossings of DLRM for v5e and v6e; jax 0.10.2).
+_LAID_NEAR = 0.5
 
 # What the kernel of a product does that goes on to a softmax.
 _SOFTMAX = frozenset({"reduce_max", "exp"})
@@ -87,7 +86,8 @@ class OpCost:
     ) -> None:
         self.graph, self.fusion, self.layouts = graph, fusion, layouts
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
-        self.near = NEAR * cluster.chip.fitted.vmem if cluster.chip.fitted else 0.0
+        f = cluster.chip.fitted  # what kernels hand to each other there, they do not wait for
+        self.near = f.handed_on * f.vmem if f else 0.0
         self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
 
@@ -168,8 +168,10 @@ class OpCost:
     ) -> float:
         batch, m, n, k = self._sizes(op.rule, strategy)
         chip, dtype = self.chip, self._dtype(op)
+        more, laid = self._spread(op, strategy) if batch > 1 and op.name == DOT else (0.0, 0.0)
+        moved = local.moved + more
         plain = [n for n, made in zip(local.of_operand, facts.computed, strict=False) if not made]
-        ahead = fetched_ahead(chip, local.flops, dtype, local.moved, plain)
+        ahead = fetched_ahead(chip, local.flops, dtype, moved, plain)
         time = product_seconds(
             chip,
             batch,
@@ -177,13 +179,34 @@ class OpCost:
             n,
             k,
             dtype,
-            moved_bytes=local.moved - ahead,
+            moved_bytes=moved - ahead,
             result_dtype="float32" if traffic.wide else "bfloat16",
             rows=self._rows(op, strategy) if chip.fitted and 1 in (m, n, k) else 8,
             reduces=facts.reduces,
             computed=all(facts.computed),
         )
-        return max(time * traffic.runs, local.work)
+        return max(time * traffic.runs, local.work) + laid
+
+    def _spread(self, op: Op, strategy: Strategy) -> tuple[float, float]:
+        """Bytes more that a batched product moves as its tensors are tiled, and seconds to lay
+        them so, where that takes a lot more memory than they need.
+        """
+        f, kept = self.chip.fitted, self.fusion.kept
+        if f is None:
+            return 0.0, 0.0
+        ins, outs = self.layouts.of(op.rule, strategy)
+        sides = (*op.inputs, *op.outputs), (*ins, *outs), (*op.rule.operands, *op.rule.results)
+        more = seconds = 0.0
+        for k, (v, axes, dims) in enumerate(zip(*sides, strict=True)):
+            shape, outer = self._local_shape(v, axes), batch_dims(op.rule, dims)
+            each = kept.sent(v, (op.id, k) in kept.narrow) / self.graph.values[v].type.size
+            elements = math.prod(shape)
+            full = elements * padded(shape, outer)
+            if wasteful(shape, outer) and full * each > _LAID_NEAR * f.vmem:
+                more += (full - elements) * each
+                moved = (elements * padded(shape) + full) * each
+                seconds += kernel_seconds(self.chip, full, moved, False)
+        return more, seconds
 
     def _computed(self, op: Op, traffic: Traffic) -> tuple[bool, ...]:
         """Per operand of a product whether its kernel computes it, and does not only read it."""

@@ -7,8 +7,8 @@ what frees most memory first, do not (seen in compiled programs for TPU and GPU)
 
 Only what stores nothing but results of the function, or scalars, runs early: it needs no memory of
 its own. A scheduler that hides latencies makes constants first, too, and in a loop the gradients
-of stacked weights last; one that updates late leaves the updates to the end of all loops. Other
-operations in loops stay where they are.
+of stacked weights last; one that updates late leaves the updates to the end of all loops; one that
+frees first does as `passes.freeing` says. Other operations in loops stay where they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence, Set
 
 from passes.chains import PRODUCTS
 from passes.compiler import PLAIN, Scheduler
+from passes.freeing import freed_early
 from passes.ir.graph import LOOPS, Graph
 
 # Bytes of a value that is no reason to wait: a norm, a step count, a statistic of one dim.
@@ -50,6 +51,10 @@ def schedule(
             place[op.id] = first[0], first[1] - 0.5
     for o, stack in _gradients(graph).items() if scheduler.hides_latencies else ():
         place[o] = stack - 0.5, float(o)
+    for together, start in freed_early(graph, stored) if scheduler.frees_first else ():
+        a, b = place[start]
+        for k, o in enumerate(together, 1):
+            place[o] = a, b + k / (2 * len(together) + 2)
     if scheduler.updates_late:
         last = max((r.end - 1 for r in graph.regions if r.kind in LOOPS), default=0)
         for o in _updates(graph, stored, {result for _, result in aliases}):

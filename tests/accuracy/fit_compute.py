@@ -42,6 +42,10 @@ SPECS = {"v3": "v3:1x1", "v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1",
 #   sum as the other operand, it is 0.7, 0.5 and 1.0 for 2048 contracted, half of that for 8192. In
 #   programs many an operand lies in VMEM, and it costs nothing: shares of about 0.3, all and 0.6 of
 #   these are nearest to the steps of tests/accuracy;
+# * up to which share of VMEM kernels hand values to each other there: of what compiled steps make,
+#   v5e and v6e keep most, v5p hardly anything. Compute of tests/accuracy is nearest so: on v5p 8 %
+#   off on average, 11 with a fifth; on v5e 11 %, 10 with a tenth, but steps are then 11 off, not 9;
+# * whether the weights of an attention are kept, narrowed: they are in steps for v5p;
 # * whether tables are laid anew when a step begins: as compiled steps of DLRM have it, mostly;
 # * how much longer kernels take for a gather inside: with four kinds of weights of GPT-2 small
 #   split, not whole, 96 gathers take 13 us each on v5e and v5p, nothing on v6e. (On v5e in BERT,
@@ -57,6 +61,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_softmax": 2.51e-12,
         "product_computed": 0.2,
         "product_sum_stream": 0.0,
+        "handed_on": 0.2,
+        "quotients_kept": 0,
         "relaid_first": 1,
         "gather_inside": 13e-6,
     },
@@ -66,6 +72,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_softmax": 4.04e-12,
         "product_computed": 0.5,
         "product_sum_stream": 0.0,
+        "handed_on": 0.0,
+        "quotients_kept": 1,
         "relaid_first": 1,
         "gather_inside": 13e-6,
     },
@@ -75,6 +83,8 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_softmax": 1.89e-12,
         "product_computed": 0.6,
         "product_sum_stream": cluster(SPECS["v6e"]).chip.hbm_bandwidth,
+        "handed_on": 0.2,
+        "quotients_kept": 0,
         "relaid_first": 0,
         "gather_inside": 0.0,
     },
@@ -262,6 +272,8 @@ _GIVEN = (
     "product_softmax",
     "product_computed",
     "product_sum_stream",
+    "handed_on",
+    "quotients_kept",
     "relaid_first",
     "gather_inside",
 )
@@ -287,6 +299,8 @@ def table(f: Fitted, worth: str) -> str:
         ),
         f"unit = {f.unit}",
         f"vmem_MiB = {f.vmem / 2**20:.4g}",
+        *([f"handed_on = {f.handed_on:.3g}"] * (f.handed_on > 0)),
+        *(["quotients_kept = 1"] * f.quotients_kept),
         *(["relaid_first = 1"] * f.relaid_first),
         *([f"gather_inside_us = {f.gather_inside * 1e6:.3g}"] * (f.gather_inside > 0)),
         f"conv_efficiency = {f.conv_efficiency:.3g}",

@@ -472,3 +472,25 @@ def test_the_tpu_compiler_agrees(chip: str) -> None:
     assert compiled.memory is not None
     assert plan.cost.compute_time == pytest.approx(compiled.compute, rel=0.2)
     assert plan.cost.peak_memory == pytest.approx(compiled.memory.peak, rel=0.2)
+
+
+def test_weights_of_an_attention_are_kept_where_quotients_are() -> None:
+    def step(q: Any, k: Any, v: Any) -> Any:
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            scores = jax.nn.softmax((q @ k.T).astype(jnp.float32)).astype(jnp.bfloat16)
+            return (scores @ v).astype(jnp.float32).sum()
+
+        return jax.grad(attend, (0, 1, 2))(q, k, v)
+
+    rows = jax.ShapeDtypeStruct((2048, 64), jnp.bfloat16)
+    graph = trace(step, rows, rows, rows).graph
+    makers = graph.producers()
+
+    def quotients(fusion: Fusion) -> int:
+        converted = [op for op in graph.ops if op.name == "convert_element_type"]
+        made_of = [(op, makers[op.inputs[0]]) for op in converted]
+        of_div = [op for op, m in made_of if m >= 0 and graph.ops[m].name == "div"]
+        return sum(fusion.stored[op.outputs[0]] for op in of_div)
+
+    assert quotients(fuse(graph, "tpu")) == 0
+    assert quotients(fuse(graph, "tpu", quotients_kept=True)) == 1

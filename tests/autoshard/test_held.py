@@ -79,6 +79,45 @@ def head_step(state: Any, x: Any) -> Any:
     return jax.tree.map(lambda w, g: w - 0.1 * g, state, jax.grad(loss)(state))
 
 
+def copies_of(found: Found, shape: tuple[int, ...]) -> list[Held]:
+    graph = found.priced.graph
+    answer = read_back(found.priced, found.solution.choice)
+    every = held(found.priced, answer.values, answer.changes)
+    return [h for h in every if h.copy and graph.values[h.value].shape == shape]
+
+
+@pytest.mark.parametrize("cluster", ["v5e:2x4", "h100:8"])
+def test_a_tpu_gathers_beside_what_runs_before(cluster: str) -> None:
+    def run(x: Any, w: Any, late: Any) -> Any:
+        for _ in range(8):
+            x = jnp.cumsum(x @ w, 1)
+        return x @ late
+
+    x, w = (jax.ShapeDtypeStruct((n, 4096), "bfloat16") for n in (8192, 4096))
+    late = jax.ShapeDtypeStruct((4096, 2048), "bfloat16")
+    hints = {"x": ("data", None), "w": (None, None), "late": ("data", None)}
+    plan = autoshard.plan(run, x, w, late, cluster=cluster, mesh={"data": 8}, hints=hints)
+    assert plan._found is not None
+    live = plan._found.priced.live
+    (copy,) = copies_of(plan._found, (4096, 2048))
+    last = max(o.id for o in plan._found.priced.graph.ops if o.name == "dot_general")
+    assert copy.end == live.when[last] + 1
+    if cluster == "h100:8":
+        assert copy.begin == live.when[last]
+    else:  # not all the way: its gather takes a part of the time
+        assert 0 < copy.begin < live.when[last]
+
+
+def test_a_tpu_lays_operands_of_small_products_anew() -> None:
+    def crossed(x: Any, g: Any) -> Any:
+        return jnp.einsum("bij,bjd->bid", g, x)
+
+    args = (jax.ShapeDtypeStruct((1 << 14, 9, n), "float32") for n in (64, 9))
+    found = search(trace(crossed, *args).graph, autoshard.cluster("v5p:1x1x1"))
+    assert [h.nbytes for h in copies_of(found, (1 << 14, 9, 64))] == [(1 << 14) * 16 * 128 * 2]
+    assert [h.nbytes for h in copies_of(found, (1 << 14, 9, 9))] == [(1 << 14) * 16 * 128 * 2]
+
+
 @pytest.mark.parametrize("cluster", ["v5e:2x4", "h100:8"])
 def test_a_tpu_keeps_a_whole_sum_while_a_loop_runs_before_its_update(cluster: str) -> None:
     layers = jax.ShapeDtypeStruct((4, 512, 512), "float32")

@@ -37,7 +37,8 @@ def lived(traced: Traced, platform: str, hides: bool = False) -> Liveness:
     graph = traced.graph
     fusion = fuse(graph, platform)
     pairs = [p for p in state_pairs(traced) if p[0] in graph.donated]
-    scheduler = Scheduler(hides, updates_late=platform == "tpu")
+    tpu = platform == "tpu"
+    scheduler = Scheduler(hides, updates_late=tpu, frees_first=tpu)
     return liveness(graph, fusion.stored, pairs, fusion.filled, scheduler)
 
 
@@ -58,8 +59,27 @@ def test_every_operation_runs_once_after_what_it_reads(
         steps = live.when[region.begin : region.end]
         if hides:  # gradients come last, in the loop around what they were made in
             steps = () if region.parent else tuple(sorted(steps))
+        if platform == "tpu":  # what frees memory comes first
+            steps = tuple(sorted(steps))
         if region.id and steps:  # what lies in a region lies together
             assert list(steps) == list(range(steps[0], steps[0] + len(steps)))
+
+
+def test_the_product_that_frees_the_larger_value_runs_first_on_tpu() -> None:
+    def gradients(p: Any, v: Any, g: Any) -> Any:
+        kept = jnp.cumsum(p, 0)
+        return jnp.cumsum(g @ v.T, 1), jnp.cumsum(kept.T @ g, 1)
+
+    large, small = (jax.ShapeDtypeStruct((1024, n), jnp.float32) for n in (1024, 64))
+    traced = trace(gradients, large, small, small)
+    products = [op for op in traced.graph.ops if op.name == "dot_general"]
+    sizes = {op.id: traced.graph.values[op.outputs[0]].type.size for op in products}
+    of_large = max(sizes, key=sizes.__getitem__)
+    of_small = max(o for o in sizes if o != of_large)
+    assert of_large < of_small  # as it is traced
+    on_tpu, on_gpu = (lived(traced, platform).when for platform in ("tpu", "gpu"))
+    assert on_tpu[of_small] < on_tpu[of_large]
+    assert on_gpu[of_small] > on_gpu[of_large]
 
 
 @pytest.mark.parametrize("hides", [True, False])
