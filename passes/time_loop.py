@@ -61,8 +61,8 @@ class TimeLoop:
     views: what a step sees of each value. phases: by the path of each equation of the outermost
     level "before", "loop" or "after". cut: operands, whole so far, of which an operation takes a
     part, by (operation, operand). once: operands that count in the first step only (what a scatter
-    adds to). couplings: what keeps more from running in steps. ahead: operations computed ahead
-    because others need their whole result.
+    adds to, what a loop adds to sums of its own). couplings: what keeps more from running in steps.
+    ahead: operations computed ahead because others need their whole result.
     """
 
     graph: Graph
@@ -272,8 +272,12 @@ class _Follow:
             inside = [INSIDE if view is WHOLE else view for view in views]
             self.take(op, OverTime(tuple(inside), ()))
             return LATE not in views
+        for k in range(len(op.inputs)):
+            self.once.discard((op.id, k))
         zeros = [k for k, v in enumerate(op.inputs) if self.is_zero(v)]
         found = over_time(op.rule, views, self.steps, zeros)
+        if found is None:
+            found = self.added_once(op, views, zeros)
         if found is None or not self.plain(op, found, views):
             return False
         self.take(op, found)
@@ -283,6 +287,17 @@ class _Follow:
         if op.name == "loop_next":
             return self.next_round(op, entered)
         return True
+
+    def added_once(self, op: Op, views: Sequence[View], zeros: Collection[int]) -> OverTime | None:
+        """Summands and what is the same in every step, added up: it counts in the first step."""
+        sums = {k for k, view in enumerate(views) if view is PARTIAL}
+        if not sums or not all(view in (PARTIAL, WHOLE, INSIDE) for view in views):
+            return None
+        group = next((set(g) for g in op.rule.linear if sums <= set(g)), None)
+        if group is None:
+            return None
+        self.once.update((op.id, k) for k in group - sums - set(zeros))
+        return OverTime((PARTIAL,) * len(op.outputs), ())
 
     def plain(self, op: Op, found: OverTime, views: Sequence[View]) -> bool:
         """Whether parts of the operands make the parts of the results, by the same primitive."""
