@@ -65,11 +65,15 @@ def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
     """Operands of batched products that are laid anew for them, with the batch outside."""
     graph, kept = priced.graph, priced.fusion.kept
     for op in graph.ops:
-        batch = [batch_dims(op.rule, d) for d in op.rule.operands] if op.name == DOT else []
+        if op.name != DOT:
+            continue
         step = priced.live.when[op.id]
-        for k, (v, outer) in enumerate(zip(op.inputs, batch, strict=False)):
+        for k, (v, dims) in enumerate(zip(op.inputs, op.rule.operands, strict=True)):
+            outer = batch_dims(op.rule, dims)
+            if not outer or outer == priced.fusion.outer[v]:
+                continue
             shape = Sharding(values[v]).local_shape(graph.values[v].shape, priced.mesh.sizes)
-            if priced.fusion.outer[v] != outer and wasteful(shape, outer):
+            if wasteful(shape, outer):
                 size = local_bytes(kept.sent(v, (op.id, k) in kept.narrow), values[v], priced)
                 yield Held(step, step + 1, size * padded(shape, outer), v, values[v], True)
 

@@ -5,7 +5,7 @@ ahead, in an order of its own. Counted are results of less than an eighth of VME
 for the last time within 80 steps, together up to three eighths of it; and larger ones, up to half
 of it, that are read within 4, beside them up to six tenths. Of the results that are used up so soon
 four in five lie there, of those that wait longer fewer the larger they are. That brings the peaks
-of 130 compiled plans close on v5e and v6e (docs/accuracy.md; jax 0.10.2, libtpu 0.0.42.1): programs
+of 132 compiled plans close on v5e and v6e (docs/accuracy.md; jax 0.10.2, libtpu 0.0.42.1): programs
 of a few hundred MB were counted up to 50 % too large without. On v5p it hands hardly anything on
 there: one in ten.
 """

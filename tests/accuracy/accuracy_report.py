@@ -189,7 +189,7 @@ Of those above, the plans of library_programs.py (flax, haiku, equinox) and furt
 constants but four were chosen without them; how much stays in VMEM (of operands, and of what takes
 no HBM), when tables are laid anew, and how much longer products of two computed operands take, over
 their plans too. Rules of what XLA fuses, keeps, and in which order it works, were found by looking
-at some of them, for v5e, v6e and H100.
+at some of them, for v5e, v5p, v6e and H100.
 """
 
 
