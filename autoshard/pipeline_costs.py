@@ -178,6 +178,12 @@ class PipelineCosts:
     def fitted(self, form: Form, name: str) -> Pipeline:
         """This form with a schedule of that name. Raises as `of`."""
         cut, limit = self.cut(form), self.limit / form.chunks
+        try:
+            prices = self.prices(form, cut, limit)
+        except NoFeasiblePlan:
+            if form.chunks == 1:
+                raise
+            limit = self.limit  # what a task needs, only one chunk does at a time
         for _ in range(_ROUNDS):
             prices = self.prices(form, cut, limit)
             found = self.scheduled(form, cut, prices, name)

@@ -301,14 +301,49 @@ def _why_none(wanted: Wanted) -> Exception:
             f"{stages} stages are more than the model has layers: it can be cut into "
             f"{wanted.layers} at most"
         )
-    if m and wanted.samples % m:
-        near = nearest(m, lambda n: wanted.samples % n == 0, wanted.samples)
+    too_many = _pieces_refused(wanted)
+    if too_many is not None:
+        return too_many
+    groups = wanted.groups or 1
+    if wanted.samples % groups:
+        near = nearest(groups, lambda n: wanted.samples % n == 0, wanted.samples)
         return NoTimeLoop(
-            f"a batch of {wanted.samples} can not be cut into {m} microbatches; the nearest number "
-            f"that divides it is {near}"
+            f"a batch of {wanted.samples} can not be shared by {groups} data-parallel groups; the "
+            f"nearest number that divides it is {near}"
+        )
+    each = wanted.samples // groups
+    if m and each % m:
+        near = nearest(m, lambda n: each % n == 0, each)
+        of = f"a batch of {wanted.samples}" + (f" over {groups} groups" if groups > 1 else "")
+        return NoTimeLoop(
+            f"{of} can not be cut into {m} microbatches; the nearest number that divides it is "
+            f"{near}"
         )
     least = wanted.state / wanted.devices
     return NoFeasiblePlan(
         f"no pipeline fits: state of {format_bytes(wanted.state)}, {format_bytes(least)} per "
         f"device at least, and a batch of {wanted.samples} over {wanted.devices} devices"
+    )
+
+
+def _pieces_refused(wanted: Wanted) -> NoStages | None:
+    """Where the schedules that are asked for have more pieces than the model can be cut into."""
+    stages = wanted.stages
+    if not stages:
+        return None
+    # No schedule is left out for as many microbatches as there are stages.
+    least = {
+        n: min((chunks for _, chunks in _schedules(wanted, n, n)), default=1)
+        for n in range(1, stages + 1)
+    }
+    if stages * least[stages] <= wanted.layers:
+        return None
+    what = wanted.schedule or f"{wanted.chunks} chunks"
+    fits = [
+        n for n in range(2, stages) if n * least[n] <= wanted.layers and wanted.devices % n == 0
+    ]
+    near = f"; {max(fits)} stages can" if fits else ""
+    return NoStages(
+        f"{what} on {stages} stages is {stages * least[stages]} pieces, more than the model has "
+        f"layers: it can be cut into {wanted.layers} at most{near}"
     )

@@ -2,11 +2,15 @@
 
 import itertools
 
+import pytest
 import zoo
 
+from autoshard.cut_program import CutProgram
 from autoshard.pipeline_costs import Form, Pipeline, PipelineCosts
+from autoshard.stage_prices import StagePrice
 from cost_models.cluster import cluster
 from passes.ir.mesh import Mesh
+from passes.search import NoFeasiblePlan
 
 # Of eight devices: each differs from another one in a single thing, besides what that leaves over.
 FORMS = [
@@ -23,10 +27,10 @@ FORMS = [
 ]
 
 
-def costs() -> PipelineCosts:
+def costs(kind: type[PipelineCosts] = PipelineCosts) -> PipelineCosts:
     fn, args = zoo.gpt(width=64, layers=4, heads=2, sequence=32, batch=64, vocab=64, scan=True)
     hardware = cluster("h100:8")
-    return PipelineCosts(fn, args, {}, {}, hardware, hardware.memory_limit)
+    return kind(fn, args, {}, {}, hardware, hardware.memory_limit)
 
 
 def known(p: Pipeline) -> tuple[object, ...]:
@@ -53,3 +57,20 @@ def test_every_chunk_of_a_device_has_its_weights_and_its_sums_of_gradients() -> 
         own = found.prices[device::2]
         assert memory > sum(p.lying for p in own)
         assert all(p.lying > 4 * p.exchanged.reduced > 0 for p in own)  # weights, two moments, sums
+
+
+class Demanding(PipelineCosts):
+    """One of whose pieces no plan fits in less than all of a device."""
+
+    def prices(self, form: Form, cut: CutProgram, limit: float) -> tuple[StagePrice, ...]:
+        if limit < self.limit:
+            raise NoFeasiblePlan("too little")
+        return super().prices(form, cut, limit)
+
+
+def test_chunks_do_not_share_out_what_one_task_needs_at_a_time() -> None:
+    priced = costs(Demanding)
+    assert known(priced.of(FORMS[4], "interleaved 1F1B"))
+    priced.limit = 1e6
+    with pytest.raises(NoFeasiblePlan, match="stage_0|too little"):
+        priced.of(FORMS[4], "interleaved 1F1B")

@@ -153,6 +153,22 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "more stages than layers": (NoStages, "4 at most", {"stages": 8}),
     "stages that do not divide": (NoStages, "can not share 8 devices evenly; 2 can", {"stages": 3}),
     "microbatches": (NoTimeLoop, "nearest number that divides it is 4", {"microbatches": 5}),
+    "pieces": (
+        NoStages,
+        "ZB-V on 4 stages is 8 pieces.* 4 at most; 2 stages can",
+        {"stages": 4, "schedule": "ZB-V"},
+    ),
+    "chunks": (NoStages, "3 chunks on 2 stages is 6 pieces.* 4 at most$", {"chunks": 3}),
+    "microbatches of groups": (
+        NoTimeLoop,
+        "16 over 4 groups can not be cut into 8 .* divides it is 4",
+        {"mesh": {"stage": 2, "data": 4}, "microbatches": 8},
+    ),
+    "groups": (
+        NoTimeLoop,
+        "16 can not be shared by 3 data-parallel groups; .* divides it is 2",
+        {"cluster": "h100:6", "mesh": {"stage": 2, "data": 3}},
+    ),
     "memory": (NoFeasiblePlan, "MiB|KiB", {"memory_limit": "300KiB"}),
     "no schedule": (ScheduleError, "no schedule is called 'zb-h9'", {"schedule": "zb-h9"}),
     "not a multiple": (
