@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autoshard.calibration import calibrate
     from autoshard.calibration_suite import CalibrationError
     from autoshard.mesh import DevicesError
+    from autoshard.stacked_array import StackedArray
     from autoshard.targets import NoCompiler
     from passes.block_counts import NoBlocks
     from passes.microbatch_loop import NoTimeLoop
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022 (in plain order)
     "OPEN",
     "Plan",
     "PlanError",
+    "StackedArray",
     "UnknownCluster",
     "annotate",
     "audit",
@@ -65,6 +67,7 @@ _LATER = {
     "NoFeasiblePlan": "passes.search",
     "NoTimeLoop": "passes.microbatch_loop",
     "Plan": "autoshard.api",
+    "StackedArray": "autoshard.stacked_array",
     "annotate": "autoshard.annotation",
     "audit": "autoshard.auditing",
     "calibrate": "autoshard.calibration",

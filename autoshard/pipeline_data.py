@@ -84,6 +84,7 @@ def as_plan(
             *_over(traced, over, form.steps),
             *_notes(found),
             *_shared(best),
+            *_in_pieces(best),
             *traced.graph.notes,
         ),
         fused_attention=fused_attention,
@@ -213,4 +214,27 @@ def _shared(pipeline: Pipeline) -> Sequence[str]:
         f"optimizer state over {pipeline.form.groups} groups: each updates its part and holds no "
         f"other, which spares up to {format_bytes(max(spared))} per piece on each device; "
         "gradients are reduce-scattered, what tasks read of the new parameters is all-gathered",
+    )
+
+
+def _in_pieces(best: Pipeline) -> tuple[str, ...]:
+    """What is said of stacked results that are no array of jax's (`autoshard.stacked_array`)."""
+    program, joins = best.cut.made.program, best.cut.made.stacked.joins
+    spec = {
+        p: r.spec
+        for price in best.prices
+        for p, r in zip(
+            price.step.results, price.found.plan.results[len(price.step.sent) :], strict=True
+        )
+    }
+
+    def one_array(parts: Sequence[int]) -> bool:
+        forms = {(program.avals[p].shape, spec.get(p, ())) for p in parts}
+        return len(forms) == 1 and not any(s[0] for _, s in forms if s)
+
+    if not joins or (best.form.chunks == 1 and all(map(one_array, joins.values()))):
+        return ()
+    return (
+        "results of stacked layers stay where their pieces lie, some as autoshard.StackedArray, "
+        "which the next step takes",
     )

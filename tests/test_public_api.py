@@ -15,7 +15,7 @@ import pytest
 import autoshard
 
 NAMES = {"Cluster", "OPEN", "Plan", "annotate", "audit", "calibrate", "cluster"}
-NAMES |= {"parallelize", "plan"}
+NAMES |= {"StackedArray", "parallelize", "plan"}
 COMMANDS = {"plan", "run", "compare", "explain", "verify", "audit", "calibrate", "clusters"}
 
 

@@ -72,5 +72,5 @@ def test_chunks_do_not_share_out_what_one_task_needs_at_a_time() -> None:
     priced = costs(Demanding)
     assert known(priced.of(FORMS[4], "interleaved 1F1B"))
     priced.limit = 1e6
-    with pytest.raises(NoFeasiblePlan, match="stage_0|too little"):
+    with pytest.raises(NoFeasiblePlan, match=r"stage_0|too little"):
         priced.of(FORMS[4], "interleaved 1F1B")

@@ -87,6 +87,8 @@ def test_a_step_holds_no_more_than_is_planned(
     step = plan.compile()
     out = step(state, *batch)
     assert worst(jax.tree.leaves(out), want) < 1e-4
+    pieces = any(isinstance(x, StackedArray) for x in jax.tree.leaves(out))
+    assert not pieces or "StackedArray" in str(plan)
     watched()
     old = out[0]
     out = step(old, *batch)
