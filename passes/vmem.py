@@ -27,7 +27,7 @@ def in_vmem(results: Iterable[Span], steps: int, vmem: float) -> npt.NDArray[np.
     """Bytes in VMEM at each of the steps.
 
     >>> in_vmem([Span(0, 2, 1.0), Span(1, 3, 2.5), Span(0, 4, 4.0)], 4, 24.0)
-    array([1. , 3.5, 2.5, 4. ])
+    array([5. , 7.5, 6.5, 4. ])
     """
     change, large = np.zeros(steps + 1), list[Span]()
     for s in results:
