@@ -169,7 +169,8 @@ def told_apart(step: StageStep, traced: Traced, found: Found) -> StagePrice:
     compute, total = _seconds(priced, answer, loop, tasks)
     everything = list(held(priced, answer.values, answer.changes))
     line = memory(priced, everything)
-    when = [priced.live.when[op.id] for op in priced.graph.ops if op.path[0] == loop]
+    # A piece may only hold what nobody reads: then nothing is left of its loop.
+    when = [priced.live.when[op.id] for op in priced.graph.ops if op.path[0] == loop] or [0]
     begin, end = min(when), max(when) + 1
     places = _Places(step, priced, answer, loop, tasks)
     found = replace(found, plan=replace(found.plan, values=places.asked(found.plan.values)))

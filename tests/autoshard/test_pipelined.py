@@ -139,6 +139,15 @@ def test_the_timeline_is_the_step() -> None:
     assert plan.cost.peak_memory == max(plan.data.memory)
 
 
+def test_a_piece_may_have_nothing_to_do() -> None:
+    """One of eight pieces of this model is a few operations whose results nobody reads."""
+    fn, args, _ = case("mixture_of_experts")
+    form = {"cluster": "cpu:8", "solver": "tp", "microbatches": 16}
+    plan = pipelined(fn, *args, stages=8, schedule="auto", **form)
+    assert len(plan.data.pieces) == 8
+    assert min(piece.forward for piece in plan.data.pieces) >= 0
+
+
 def test_gradients_are_summed_over_groups_once() -> None:
     """More microbatches need no more of it."""
     fn, args = small(batch=64)
