@@ -19,6 +19,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from jax import lax
+from same_results import worst
 
 from autoshard.blockwise import in_blocks
 from autoshard.trace import trace
@@ -31,19 +32,6 @@ def cut(fn: Callable[..., Any], args: Any, count: int = 4) -> tuple[Callable[...
     """The function in blocks, and its notes as one text."""
     made, notes = in_blocks(fn, trace(fn, *args), Blocks(count=count), {})
     return made, "\n".join(notes)
-
-
-def worst(got: Any, want: Any) -> float:
-    """The largest difference of any two numbers, against the largest number of that array."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    out = 0.0
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        a, b = (np.asarray(z, np.float64) for z in (x, y))
-        out = max(
-            out, float(np.abs(a - b).max(initial=0)) / (1e-3 + float(np.abs(b).max(initial=0)))
-        )
-    return out
 
 
 def agree(fn: Callable[..., Any], args: Any, count: int = 4, near: float = 1e-5) -> str:

@@ -6,11 +6,8 @@ the libraries that people use are cut without a change to their code.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -22,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from same_results import EXAMPLES, example, worst
 
 import autoshard
 from autoshard.time_axes import begun, in_steps_of
@@ -29,7 +27,6 @@ from autoshard.trace import trace
 from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBERED = sorted(f.name for f in EXAMPLES.glob("[0-9][0-9]_*.py"))
 
 
@@ -38,19 +35,6 @@ def cut(fn: Callable[..., Any], args: Any, count: int) -> tuple[Callable[..., An
     traced = trace(fn, *args)
     made, notes = in_steps_of(fn, traced, begun(traced, TimeAxis("micro", count)), {})
     return made, "\n".join(notes)
-
-
-def worst(got: Any, want: Any) -> float:
-    """The largest difference of any two numbers, against the largest number of that array."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    out = 0.0
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        a, b = (np.asarray(z, np.float64) for z in (x, y))
-        out = max(
-            out, float(np.abs(a - b).max(initial=0)) / (1e-3 + float(np.abs(b).max(initial=0)))
-        )
-    return out
 
 
 def random(args: Any, seed: int = 0) -> Any:
@@ -67,15 +51,7 @@ def random(args: Any, seed: int = 0) -> Any:
 
 @pytest.mark.parametrize("name", NUMBERED)
 def test_examples_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AUTOSHARD_EXAMPLE_QUICK", "1")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "example", module)
-    spec.loader.exec_module(module)
-    fn, args = module.job()
+    fn, args = example(name, monkeypatch)
     args = args if all(isinstance(x, jax.Array) for x in jax.tree.leaves(args)) else random(args)
     made, notes = cut(fn, args, 2)
     assert worst(jax.jit(made)(*args), jax.jit(fn)(*args)) < 2e-4

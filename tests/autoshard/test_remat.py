@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,13 +20,15 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from jax import lax
+from same_results import EXAMPLES
+from same_results import worst as farthest
 
 from autoshard.flat import flat
 from autoshard.remat import Rematable, rematable
 from autoshard.trace import trace
 from passes.remat_layers import runs
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+worst = partial(farthest, floor=1e-6)
 
 
 def found(fn: Callable[..., Any], args: Any) -> Rematable:
@@ -38,19 +40,6 @@ def again(fn: Callable[..., Any], args: Any) -> Callable[..., Any]:
     here = found(fn, args)
     assert here.regions
     return here.with_again(range(len(here.regions)))
-
-
-def worst(got: Any, want: Any) -> float:
-    """The largest difference of any two numbers, against the largest number of that array."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    out = 0.0
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-        a, b = (np.asarray(z, np.float64) for z in (x, y))
-        out = max(
-            out, float(np.abs(a - b).max(initial=0)) / (1e-6 + float(np.abs(b).max(initial=0)))
-        )
-    return out
 
 
 def agree(fn: Callable[..., Any], args: Any, near: float = 1e-6) -> None:

@@ -6,10 +6,8 @@ right for test_microbatches.py.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from same_results import example
 from time_programs import cut, near, numbers
 
 import autoshard
@@ -29,7 +28,6 @@ from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
 
 typer_testing = pytest.importorskip("typer.testing")
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PAGE = Path(__file__).parents[2] / "docs" / "microbatches.md"
 
 
@@ -91,19 +89,6 @@ def test_recurrent_nets_over_time_first_arrays(kind: str) -> None:
     assert re.search("dim 1 of x, y: (99|100)% of the FLOPs", said)
     with pytest.raises(NoTimeLoop, match=r"over dim 0 of x: scan at test_time_axes.py:\d+ "):
         cut(fn, args, TimeAxis("micro", 5, ((3, 0),)))
-
-
-def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The job of an example, small."""
-    monkeypatch.setenv("AUTOSHARD_EXAMPLE_QUICK", "1")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("example", EXAMPLES / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "example", module)
-    spec.loader.exec_module(module)
-    return module.job()
 
 
 def test_an_equinox_model_with_the_batch_on_dim_1(monkeypatch: pytest.MonkeyPatch) -> None:
