@@ -2,6 +2,8 @@
 
 pytest --update-golden      rewrite tests/golden/*.txt from what the tests print now; read the
                             diff before committing it
+pytest --hypothesis-profile=default
+                            other random cases each time, instead of the same ones
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # jax reads these once, when it first looks for devices. Nothing may have imported it yet.
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py; no virtual devices"
@@ -24,6 +27,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu: do not ask the network which TPU this is
 # libtpu lets one process in at a time, for the sake of a TPU; our tests only compile with it.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+
+settings.register_profile("same cases every time", derandomize=True)
+settings.load_profile("same cases every time")
 
 GOLDEN = Path(__file__).parent / "golden"
 

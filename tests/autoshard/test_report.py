@@ -250,7 +250,7 @@ def tensors(draw: st.DrawFn) -> list[TensorPlan]:
     return out
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(tensors())
 def test_rows_tell_of_every_array_once(found: list[TensorPlan]) -> None:
     mesh = {"data": 4, "model": 2}
@@ -260,7 +260,7 @@ def test_rows_tell_of_every_array_once(found: list[TensorPlan]) -> None:
     assert len(rows(found, mesh=mesh, names=False)) >= len(lines)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(tensors(), tensors())
 def test_mirrors_have_the_shapes_of_their_originals(
     a: list[TensorPlan], b: list[TensorPlan]
@@ -273,7 +273,7 @@ def test_mirrors_have_the_shapes_of_their_originals(
         assert all(a[i].shape == b[k].shape for i, k in m.pairs)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(tensors(), tensors(), seconds, seconds)
 def test_any_plan_is_one_screen(
     arguments: list[TensorPlan], results: list[TensorPlan], compute: float, comm: float

@@ -97,7 +97,7 @@ def changes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
     return draw(axes), draw(axes), sizes
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(changes())
 def test_a_reshard_sends_what_it_was_priced_with(
     change: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],

@@ -365,7 +365,7 @@ def check_same(plan: Plan, args: Sequence[Any], expected: Any, tolerance: float 
         assert difference(x, y) <= tolerance, f"{x} is not {y}\n{plan.data.values}\n{plan}"
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=25)
 @given(PROGRAMS, st.booleans(), st.sampled_from(MESHES), st.integers(0, 2**16))
 def test_random_plans_of_random_programs(
     steps: list[Step], grad: bool, sizes: dict[str, int], seed: int
@@ -390,7 +390,7 @@ def test_random_plans_of_everything_jit_takes(number: int, name: str) -> None:
     check_same(plan, case.args, expected, 0.02 if name in ("bfloat16", "float8") else 2e-4)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=12)
 @given(PROGRAMS, st.booleans(), st.sampled_from(MESHES))
 def test_the_solver_beats_every_baseline(
     steps: list[Step], grad: bool, sizes: dict[str, int]
@@ -407,7 +407,7 @@ def test_the_solver_beats_every_baseline(
         assert same.cost is None or same.cost == alone.cost
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=25)
 @given(PROGRAMS, st.booleans(), st.sampled_from(MESHES), st.integers(0, 2**16))
 def test_a_plans_time_is_what_the_problem_says(
     steps: list[Step], grad: bool, sizes: dict[str, int], seed: int
@@ -423,7 +423,7 @@ def test_a_plans_time_is_what_the_problem_says(
     assert cost.compute_time <= cost.step_time <= cost.bounds[1] * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=25)
 @given(PROGRAMS, st.booleans(), st.sampled_from(MESHES), st.integers(0, 2**16))
 def test_the_problem_never_holds_more_memory_than_the_plan(
     steps: list[Step], grad: bool, sizes: dict[str, int], seed: int

@@ -112,7 +112,7 @@ NEUTRAL = {"add": 0.0, "max": -np.inf}
 
 
 @given(st.lists(st.sampled_from(sorted(STEPS)), max_size=5), st.sampled_from(sorted(LAST)))
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 def test_a_joined_rule_is_sound(steps: list[str], last: str) -> None:
     def program(x: Any, y: Any) -> Any:
         for step in steps:
@@ -143,7 +143,7 @@ def test_a_joined_rule_is_sound(steps: list[str], last: str) -> None:
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 def test_atoms_cut_one_length_alike(pieces: list[int], data: st.DataObject) -> None:
     other = data.draw(st.permutations(pieces))
     atoms = Atoms()

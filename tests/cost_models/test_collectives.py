@@ -123,7 +123,7 @@ def test_h200_all_reduce(row: dict[str, str]) -> None:
 # --- properties ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=200)
 @given(kinds, sizes_in_bytes, sizes_in_bytes, links)
 def test_more_bytes_never_take_less_time(
     kind: Collective, a: float, b: float, link: AxisLink
@@ -133,7 +133,7 @@ def test_more_bytes_never_take_less_time(
     assert sent_bytes(kind, few, link.size) <= sent_bytes(kind, many, link.size)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(kinds, sizes_in_bytes, links)
 def test_more_bytes_at_once_are_never_less_efficient(
     kind: Collective, nbytes: float, link: AxisLink
@@ -145,7 +145,7 @@ def test_more_bytes_at_once_are_never_less_efficient(
     ) > 1
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(sizes_in_bytes, links)
 def test_an_all_reduce_costs_no_more_than_its_two_halves(nbytes: float, link: AxisLink) -> None:
     halves = seconds("reduce_scatter", nbytes, link) + seconds("all_gather", nbytes, link)
@@ -160,7 +160,7 @@ def test_an_all_reduce_costs_no_more_than_its_two_halves(nbytes: float, link: Ax
     )
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(kinds, sizes_in_bytes, links)
 def test_nothing_is_sent_faster_than_the_wires(
     kind: Collective, nbytes: float, link: AxisLink
@@ -246,7 +246,7 @@ def test_a_broadcast_passes_through_everyone_once() -> None:
     assert moving("broadcast", 1e9, link) == pytest.approx(1e9 / link.bandwidth)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=150)
 @given(links, st.sampled_from(COLLECTIVES))
 def test_the_lines_kept_are_the_lowest_everywhere(link: AxisLink, kind: Collective) -> None:
     kept, every = link.lines[kind], forms(link)[kind]
@@ -257,7 +257,7 @@ def test_the_lines_kept_are_the_lowest_everywhere(link: AxisLink, kind: Collecti
 
 
 # What wires are like: a cluster file with one number changed.
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=150)
 @given(kinds, sizes_in_bytes, st.sampled_from(MESHES), st.floats(1, 100), st.integers(0, 1))
 def test_quicker_links_are_never_slower(
     kind: Collective, nbytes: float, mesh: tuple[str, tuple[int, ...]], times: float, which: int
@@ -274,7 +274,7 @@ def test_quicker_links_are_never_slower(
             assert seconds(kind, nbytes, quick_link) <= slow * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=150)
 @given(kinds, sizes_in_bytes, st.sampled_from([(4, 4), (16, 4), (4, 16), (2, 8), (6, 4), (64,)]))
 def test_a_dim_whose_ends_are_joined_is_never_slower(
     kind: Collective, nbytes: float, sizes: tuple[int, ...]

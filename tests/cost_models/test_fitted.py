@@ -71,7 +71,7 @@ chips = st.sampled_from([V5E, V5P, V6E, H100])
 moved = st.floats(0, 1e12)
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(deadline=None, max_examples=300)
 @given(chips, st.tuples(*[sizes] * 4), st.tuples(*[sizes] * 4), moved, moved, dtypes, dtypes)
 def test_a_larger_product_never_takes_less_time(
     chip: Chip, a: tuple[int, ...], b: tuple[int, ...], x: float, y: float, dtype: str, out: str
@@ -84,7 +84,7 @@ def test_a_larger_product_never_takes_less_time(
     assert less == product_seconds(chip, b1, n1, m1, k1, dtype, min(x, y), out)
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(deadline=None, max_examples=300)
 @given(
     chips, st.sampled_from(["add", "tanh", "sin", "reduce_sum", "argmax", "gather", "sort"]),
     st.integers(0, 1 << 40), st.integers(0, 1 << 40), moved, moved, dtypes,
@@ -101,7 +101,7 @@ def test_more_elements_never_take_less_time(
     assert inside <= vector_seconds(chip, name, a, x, dtype)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(chips, st.integers(0, 1 << 36), moved, st.floats(0, 1), st.booleans())
 def test_one_kernel_is_cheaper_than_two(
     chip: Chip, elements: int, x: float, work: float, wide: bool
@@ -113,7 +113,7 @@ def test_one_kernel_is_cheaper_than_two(
     )
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(chips, st.tuples(*[st.integers(1, 4096)] * 4), st.tuples(*[st.integers(1, 4096)] * 4))
 def test_a_larger_convolution_never_takes_less_time(
     chip: Chip, a: tuple[int, ...], b: tuple[int, ...]

@@ -167,7 +167,7 @@ class FakeDevice:
     slice_index: int = 0
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(meshes(["v4:4x4x4", "v4:2x2x4", "v4:4x4x1", "v4:8x4x2", "v4:12x4x4", "v4:6x2x1"]))
 def test_axes_lie_where_jax_puts_them(case: tuple[Cluster, tuple[int, ...]]) -> None:
     mesh_utils = pytest.importorskip("jax.experimental.mesh_utils")
@@ -182,7 +182,7 @@ def test_axes_lie_where_jax_puts_them(case: tuple[Cluster, tuple[int, ...]]) -> 
         )
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=30)
 @given(meshes(["v7:4x4x4", "v7:4x4x2", "v7:8x4x2"]))
 def test_axes_over_cores_lie_where_jax_puts_them(case: tuple[Cluster, tuple[int, ...]]) -> None:
     mesh_utils = pytest.importorskip("jax.experimental.mesh_utils")
@@ -252,7 +252,7 @@ def busiest_wire(c: Cluster, sizes: tuple[int, ...], axes: tuple[int, ...]) -> f
     return max(load.values())
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(meshes(["v5e:4x4", "v5e:2x8", "v5e:16x2", "v4:4x4x1", "v4:4x4x4", "v5e:3x5", "v5e:6x4"]))
 def test_all_to_all_takes_as_long_as_its_busiest_wire(
     case: tuple[Cluster, tuple[int, ...]],
@@ -264,7 +264,7 @@ def test_all_to_all_takes_as_long_as_its_busiest_wire(
             assert busiest_wire(c, sizes, (axis,)) / wire == pytest.approx(1 / link.exchange)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(meshes(["v5e:4x4", "v5e:2x8", "v5e:16x2", "v4:4x4x4", "v5e:6x4"]))
 def test_axes_joined_over_a_gap_are_never_priced_below_the_wires(
     case: tuple[Cluster, tuple[int, ...]],
@@ -299,7 +299,7 @@ def test_which_axes_share_wires() -> None:
     assert shares(lay(cluster("cpu:8"), (8, 1))[0], ALONE) == 0
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(meshes(TORI + SWITCHES))
 def test_an_axis_shares_all_of_its_wires_with_itself(
     case: tuple[Cluster, tuple[int, ...]],
@@ -313,7 +313,7 @@ def test_an_axis_shares_all_of_its_wires_with_itself(
 # --- both ---------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=200)
 @given(meshes(TORI + SWITCHES))
 def test_every_mesh_can_be_laid(case: tuple[Cluster, tuple[int, ...]]) -> None:
     c, sizes = case
@@ -338,7 +338,7 @@ def check(link: AxisLink, c: Cluster) -> None:
     assert link.via
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=200)
 @given(meshes(TORI + SWITCHES))
 def test_a_split_axis_gathers_no_faster_than_the_whole(
     case: tuple[Cluster, tuple[int, ...]],

@@ -32,7 +32,7 @@ def test_bytes_and_flops() -> None:
     ]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(st.floats(1e-9, 1e6))
 def test_a_printed_time_reads_back_to_three_digits(seconds: float) -> None:
     number, unit = format_seconds(seconds).split()
@@ -59,7 +59,7 @@ def test_refuses_what_is_no_size(text: str | float) -> None:
         parse_bytes(text)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 @given(st.text(max_size=8))
 def test_any_text_is_a_size_or_a_clear_error(text: str) -> None:
     # Whatever is not a size raises ValueError and nothing else.

@@ -98,7 +98,7 @@ def test_a_row_without_a_reference_has_a_schedule_too() -> None:
     assert best.timeline.schedule.ways == (there_and_back(8),)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_sound_and_no_worse_than_any_generator(data: st.DataObject) -> None:
     p, m = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
@@ -121,7 +121,7 @@ def test_sound_and_no_worse_than_any_generator(data: st.DataObject) -> None:
             assert found[0].timeline.makespan <= timeline.makespan * ROOM
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_stages_may_differ(data: st.DataObject) -> None:
     p, m = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))

@@ -19,7 +19,7 @@ from passes.pipeline.timeline import Timeline, simulate
 
 FIGURES = Path(__file__).parents[1] / "data" / "figures"
 
-few = settings(deadline=None, max_examples=40, derandomize=True)
+few = settings(deadline=None, max_examples=40)
 pairs = st.integers(1, 6).map(lambda half: 2 * half)  # of devices
 ticks = st.integers(1, 9)
 

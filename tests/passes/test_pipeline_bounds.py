@@ -37,7 +37,7 @@ def problems(draw: st.DrawFn) -> tuple[Way, int, StageCosts, float]:
     return way, m, costs, least_limit(way, costs) * draw(st.sampled_from([1.0, 1.5, 2.0, 4.0, 9.0]))
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=150)
 @given(problems(), st.sampled_from(sorted(URGENCIES)), st.sampled_from([0.0, 0.5, 1.0]))
 def test_no_list_schedule_is_shorter(
     problem: tuple[Way, int, StageCosts, float], pattern: str, patience: float
@@ -51,7 +51,7 @@ def test_no_list_schedule_is_shorter(
     assert lower_bound(way, m, costs, limit) <= makespan * NEAR
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
 def test_no_published_schedule_is_shorter(p: int, m: int, data: st.DataObject) -> None:
     f, b, w, send = (data.draw(st.integers(0, 9)) for _ in range(4))
@@ -67,7 +67,7 @@ def test_no_published_schedule_is_shorter(p: int, m: int, data: st.DataObject) -
         assert bound <= timeline.makespan * NEAR
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(problems(), st.data())
 def test_no_schedule_in_turn_is_shorter(
     problem: tuple[Way, int, StageCosts, float], data: st.DataObject

@@ -59,7 +59,7 @@ def replaced(timeline: Timeline, old: Row, *new: Row) -> Timeline:
     )
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_sound_ones_have_none(data: st.DataObject) -> None:
     timeline = some_timeline(data)
@@ -147,7 +147,7 @@ BREAKS: tuple[Break, ...] = (
 
 
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.__name__)
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_a_broken_row_is_found(broken: Break, data: st.DataObject) -> None:
     timeline = some_timeline(data)
@@ -158,7 +158,7 @@ def test_a_broken_row_is_found(broken: Break, data: st.DataObject) -> None:
     assert faults(broken(data, timeline, row))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_a_task_before_its_input_is_found(data: st.DataObject) -> None:
     """Every F but the first piece's, and all that comes after F, waits for something."""
@@ -184,7 +184,7 @@ def test_a_task_before_its_input_is_found(data: st.DataObject) -> None:
     assert any("arrives at" in fault and str(row.task) in fault for fault in found)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_two_tasks_that_change_places_are_found(data: st.DataObject) -> None:
     """F and the backward task of one piece, each at the other's time."""
@@ -201,7 +201,7 @@ def test_two_tasks_that_change_places_are_found(data: st.DataObject) -> None:
     assert faults(changed)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_a_limit_below_the_peak_is_found(data: st.DataObject) -> None:
     timeline = some_timeline(data)

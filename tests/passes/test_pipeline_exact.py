@@ -113,7 +113,7 @@ def test_larger_ones_are_proven_as_well() -> None:
         assert exact.timeline.makespan == pytest.approx(exact.bound)
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_times_that_are_no_whole_numbers(data: st.DataObject) -> None:
     p, m = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))

@@ -20,7 +20,7 @@ from passes.pipeline.timeline import simulate
 ROOM = 1 + 1e-9
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_refilled_and_moved(data: st.DataObject) -> None:
     p, m = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))

@@ -103,7 +103,7 @@ def any_schedule(data: st.DataObject) -> tuple[Schedule, StageCosts]:
     return offloaded(schedule, costs) if data.draw(st.booleans()) else schedule, costs
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_times_are_longest_paths(data: st.DataObject) -> None:
     schedule, costs = any_schedule(data)
@@ -114,7 +114,7 @@ def test_times_are_longest_paths(data: st.DataObject) -> None:
     assert faults(timeline, max(timeline.peaks)) == ()
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_memory_is_never_negative_and_all_is_freed(data: st.DataObject) -> None:
     timeline = simulate(*any_schedule(data))
@@ -125,7 +125,7 @@ def test_memory_is_never_negative_and_all_is_freed(data: st.DataObject) -> None:
         assert [time for time, _ in line] == sorted({time for time, _ in line})
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_orders_at_random_end_or_are_told_to_be_stuck(data: st.DataObject) -> None:
     good = one_f_one_b(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))

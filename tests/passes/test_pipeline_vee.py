@@ -83,7 +83,7 @@ def test_memory_and_bubble_have_closed_forms(name: str, p: int) -> None:
         assert timeline.makespan == 6 * m + bubble
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 11), st.integers(1, 25), st.data())
 def test_always_sound(p: int, m: int, data: st.DataObject) -> None:
     seconds = st.integers(1, 9).map(float)
@@ -96,7 +96,7 @@ def test_always_sound(p: int, m: int, data: st.DataObject) -> None:
     assert fitted.makespan <= simulate(zb_v(p, m), costs).makespan
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 12), st.data())
 def test_pieces_may_differ(p: int, m: int, data: st.DataObject) -> None:
     times = st.lists(st.floats(0, 9), min_size=2 * p, max_size=2 * p).map(tuple)

@@ -148,7 +148,7 @@ def factors_split_by(op: Op, mesh: Mesh, result: Propagation, value: int, axis: 
 
 
 @given(hinted())
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(deadline=None, max_examples=300)
 def test_what_holds_for_any_graph(case: tuple[Graph, Mesh]) -> None:
     graph, mesh = case
     verify(graph)
@@ -171,7 +171,7 @@ def test_what_holds_for_any_graph(case: tuple[Graph, Mesh]) -> None:
 
 
 @given(hinted())
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=150)
 def test_nothing_is_left_to_move_at_the_end(case: tuple[Graph, Mesh]) -> None:
     graph, mesh = case
     result = propagate(graph, mesh)
@@ -190,7 +190,7 @@ def test_nothing_is_left_to_move_at_the_end(case: tuple[Graph, Mesh]) -> None:
 
 
 @given(hinted(), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 def test_the_order_of_hints_does_not_matter(case: tuple[Graph, Mesh], random: object) -> None:
     graph, mesh = case
     hints = list(graph.hints)
@@ -199,7 +199,7 @@ def test_the_order_of_hints_does_not_matter(case: tuple[Graph, Mesh], random: ob
 
 
 @given(hinted())
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=100)
 def test_hinting_the_result_gives_the_result(case: tuple[Graph, Mesh]) -> None:
     graph, mesh = case
     first = propagate(graph, mesh)

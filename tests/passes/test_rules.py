@@ -168,7 +168,7 @@ def shares(x: np.ndarray, dims: Any, found: Rule, factor: int) -> np.ndarray:
 
 
 @given(reshapes())
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=200)
 def test_reshape_keeps_each_factor_in_place(
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> None:
@@ -186,7 +186,7 @@ def test_reshape_keeps_each_factor_in_place(
 
 
 @given(st.lists(st.integers(2, 6), min_size=1, max_size=4), st.data())
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(deadline=None, max_examples=50)
 def test_merging_neighbours_and_splitting_them_keeps_all_factors(
     shape: list[int], data: st.DataObject
 ) -> None:

@@ -62,7 +62,7 @@ def test_the_knotty_ones_bind_and_some_do_not_fit() -> None:
     assert nothing >= 3
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_any_small_problem(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 3), max_size=5))

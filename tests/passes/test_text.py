@@ -147,7 +147,7 @@ DTYPES = {"float32": 32, "bfloat16": 16, "int4": 4, "bool": 8, "complex64": 64, 
 
 
 @given(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 1000), max_size=4))
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(deadline=None, max_examples=50)
 def test_types_read_back(dtype: str, shape: list[int]) -> None:
     t = Type(tuple(shape), dtype, DTYPES[dtype])
     assert parse_type(type_text(t)) == t
@@ -229,7 +229,7 @@ def by_letter(graph: Graph) -> Graph:
 
 
 @given(graphs())
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(deadline=None, max_examples=80)
 def test_any_graph_reads_back(graph: Graph) -> None:
     back = parse_graph(str(graph))
     assert str(back) == str(graph)

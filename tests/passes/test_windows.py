@@ -25,7 +25,7 @@ WINDOWS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(deadline=None, max_examples=300)
 @given(WINDOWS, st.integers(1, 4), st.integers(2, 4))
 def test_the_halo_holds_all_that_a_piece_reads(w: Window, units: int, pieces: int) -> None:
     made = w.base * units * pieces
@@ -48,7 +48,7 @@ def test_the_halo_holds_all_that_a_piece_reads(w: Window, units: int, pieces: in
     assert ("halo" in kinds) <= (0 < w.halo <= read // 2)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=200)
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 4), st.integers(1, 4))
 def test_the_halo_back_holds_every_window_that_touches_a_piece(
     size: int, stride: int, low: int, units: int
