@@ -8,12 +8,11 @@ differ; 2 the command or the user's code was wrong, in one sentence on stderr (`
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
@@ -22,12 +21,9 @@ from rich.text import Text
 from autoshard import atomic_file, cli_options, cli_tables
 from autoshard.cli_errors import Failure, failure
 from autoshard.cli_options import Debug, Donate, Hints, Limit, OnCluster, OnMesh, Solver, Target
-from autoshard.cli_target import TargetError, load
+from autoshard.cli_planning import Asked, check_runs, check_writable, pipelines_compared, planned
+from autoshard.cli_target import load
 from autoshard.progress import progress
-
-if TYPE_CHECKING:
-    from autoshard.api import Plan
-    from cost_models.cluster import Cluster
 
 P = ParamSpec("P")
 app = typer.Typer(
@@ -106,15 +102,9 @@ def plan_command(
     debug: Debug = False,
 ) -> int:
     """Find the best plan and print it on one screen."""
-    del debug
-    for file in (json, dump_problem):
-        if file is not None:
-            _check_writable(file)
-    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
-    staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(
-        target, cluster, mesh, hint, solver, memory_limit, donate, over_time, staged, remat
-    )
+    asked = Asked.among(locals())
+    check_writable(json, dump_problem)
+    found = planned(target, cluster, asked)
     if json is not None:
         atomic_file.write(json, found.to_json())
     if dump_problem is not None:
@@ -164,32 +154,18 @@ def run_command(
     debug: Debug = False,
 ) -> int:
     """Run it sharded beside unsharded, compare all results."""
-    del debug
+    asked = Asked.among(locals())
     from autoshard.virtual_devices import prepare
 
-    hardware = prepare(cluster)
-    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
+    hardware, options = prepare(cluster), asked.options()
     from autoshard import same_numbers
     from autoshard.api import plan
 
     fn, args = load(target)
-    _check_runs(target, fn)
+    check_runs(target, fn)
     args = same_numbers.fill(args)
     with progress("planning") as tell:
-        found = plan(
-            fn,
-            *args,
-            cluster=hardware,
-            mesh=_mesh(mesh),
-            hints=_hints(hint),
-            donate_argnums=tuple(donate or ()),
-            memory_limit=memory_limit,
-            solver=solver,
-            **over_time.options(),
-            remat=remat,
-            **cli_options.Staged(stages, schedule, chunks).options(),
-            progress=tell,
-        )
+        found = plan(fn, *args, cluster=hardware, **options, progress=tell)
     show(found.headline() + "\n")
     with progress("running") as tell:
         tell("compiling")
@@ -213,10 +189,11 @@ def compare_command(
     debug: Debug = False,
 ) -> int:
     """Show the search beside every baseline; with --stages, beside expert pipelines."""
-    del debug
-    if stages is not None:
-        return _compare_pipelines(target, cluster, mesh, hint, stages, memory_limit, donate)
-    found = _plan(target, cluster, mesh, hint, "ilp", memory_limit, donate)
+    asked = Asked.among(locals())
+    if asked.stages is not None:
+        show(pipelines_compared(target, cluster, asked))
+        return 0
+    found = planned(target, cluster, asked)
     from passes.search import SOLVERS
 
     show(cli_tables.comparison(found.data, SOLVERS))
@@ -243,9 +220,8 @@ def explain_command(
     debug: Debug = False,
 ) -> int:
     """Say why a value is split so, and what else costs."""
-    del debug
-    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
-    found = _plan(target, cluster, mesh, hint, solver, memory_limit, donate, over_time, remat=remat)
+    asked = Asked.among(locals())
+    found = planned(target, cluster, asked)
     with progress("explaining"):
         text = found.explain(glob)
     show(text)
@@ -276,15 +252,11 @@ def verify_command(
     debug: Debug = False,
 ) -> int:
     """Compile the plan for its cluster, no hardware needed, compare."""
-    del debug
+    asked = Asked.among(locals())
     from autoshard.virtual_devices import prepare_compiler
 
     hardware = prepare_compiler(cluster)
-    over_time = cli_options.OverTime(microbatches, blockwise, time_axis)
-    staged = cli_options.Staged(stages, schedule, chunks)
-    found = _plan(
-        target, hardware, mesh, hint, solver, memory_limit, donate, over_time, staged, remat
-    )
+    found = planned(target, hardware, asked)
     with progress("verifying") as tell:
         verified = found.verify(top=top, progress=tell)
     show(str(verified))
@@ -381,8 +353,7 @@ def solve_command(
     from passes.solve import iopddl
     from passes.solve.ilp import solve
 
-    if json is not None:
-        _check_writable(json)
+    check_writable(json)
     with progress("solving") as tell:
         tell("reading")
         problem = iopddl.read(file)
@@ -423,9 +394,7 @@ def schedule_command(
     from autoshard import cli_schedule
     from passes.pipeline.published import Setting
 
-    for file in (json, picture, trace):
-        if file is not None:
-            _check_writable(file)
+    check_writable(json, picture, trace)
     cli_schedule.check_files(picture)
     setting = Setting(
         stages, microbatches, forward, backward, weight, comm, kept, chunks, memory_limit, transfer
@@ -436,115 +405,6 @@ def schedule_command(
     show(cli_schedule.table(found))
     cli_schedule.show_timelines(found)
     return 0
-
-
-def _plan(
-    target: str,
-    cluster: str | Cluster | None,
-    mesh: str | None,
-    hint: list[str] | None,
-    solver: str,
-    memory_limit: str | None,
-    donate: list[int] | None,
-    over_time: cli_options.OverTime = cli_options.AT_ONCE,
-    stages: cli_options.Staged = cli_options.UNSTAGED,
-    remat: str | None = None,
-) -> Plan:
-    """Load the target and plan it."""
-    from cost_models.cluster import cluster as read_cluster
-
-    # Before the target is loaded: it is quick.
-    hardware = read_cluster(cluster) if isinstance(cluster, str) else cluster
-    axes, hints, options = _mesh(mesh), _hints(hint), {**over_time.options(), **stages.options()}
-    fn, args = load(target)
-    from autoshard.api import plan
-
-    with progress("planning") as tell:
-        return plan(
-            fn,
-            *args,
-            cluster=hardware,
-            mesh=axes,
-            hints=hints,
-            donate_argnums=tuple(donate or ()),
-            memory_limit=memory_limit,
-            solver=solver,
-            **options,
-            remat=remat,
-            progress=tell,
-        )
-
-
-def _compare_pipelines(
-    target: str,
-    cluster: str | None,
-    mesh: str | None,
-    hint: list[str] | None,
-    stages: str,
-    memory_limit: str | None,
-    donate: list[int] | None,
-) -> int:
-    """The best pipeline beside those that experts would take."""
-    from autoshard.api import plan
-    from autoshard.pipeline_comparison import as_text, beside
-
-    fn, args = load(target)
-    common: dict[str, Any] = {
-        "cluster": cluster,
-        "hints": _hints(hint),
-        "memory_limit": memory_limit,
-    }
-    common["donate_argnums"] = tuple(donate or ())
-    with progress("planning") as tell:
-        asked = cli_options.as_number(stages) or "auto"
-        found = plan(fn, *args, **common, mesh=_mesh(mesh), stages=asked, progress=tell)
-        rows = beside(found, lambda **other: plan(fn, *args, **common, **other), asked, tell)
-    show(as_text(rows))
-    return 0
-
-
-def _check_writable(file: Path) -> None:
-    """OSError for a file that can not be written, before planning takes its time."""
-    if not file.absolute().parent.is_dir():
-        raise FileNotFoundError(f"cannot write {file}: there is no folder {file.parent}")
-    if file.is_dir():
-        raise IsADirectoryError(f"cannot write {file}: it is a folder; give the name of a file")
-    if not os.access(file.absolute().parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write {file}: the folder {file.parent} is not writable")
-
-
-def _check_runs(target: str, fn: Callable[..., Any]) -> None:
-    """TargetError for a function that `run` can not call beside its sharded form."""
-    from autoshard.api import Parallelized
-
-    static = [k for k in ("static_argnums", "static_argnames") if k in getattr(fn, "options", ())]
-    if isinstance(fn, Parallelized) and static:
-        raise TargetError(
-            f"{target} has static arguments ({static[0]}), which run does not know; give them to "
-            "the function beforehand, as functools.partial does"
-        )
-
-
-def _mesh(text: str | None) -> dict[str, int] | None:
-    from passes.ir.mesh import Mesh
-
-    return None if text is None else Mesh.parse(text).as_dict()
-
-
-def _hints(texts: list[str] | None) -> dict[str, Any]:
-    from passes.hints import HintError, parse_spec
-
-    out: dict[str, Any] = {}
-    for text in texts or ():
-        glob, sign, spec = text.partition("=")
-        if not sign or not glob:
-            raise HintError(
-                f"cannot read --hint {text!r}; write GLOB=SPEC: 'params/**/wq=None,model'"
-            )
-        if glob in out and out[glob] != parse_spec(spec):
-            raise HintError(f"--hint {glob!r} is given twice, with different specs; remove one")
-        out[glob] = parse_spec(spec)
-    return out
 
 
 def show(text: str) -> None:

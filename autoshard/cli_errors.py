@@ -45,7 +45,7 @@ _MEANT_BY_NAME = frozenset(
 _CHECKS = frozenset(
     {
         "api.py",
-        "cli_options.py",
+        "cli_planning.py",
         "jit_options.py",
         "remat.py",
         "stages_wanted.py",

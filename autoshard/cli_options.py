@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 
@@ -147,43 +147,3 @@ Trace = Annotated[
 def as_number(text: str | None) -> int | str | None:
     """A number where it is one."""
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
-
-
-class OverTime(NamedTuple):
-    """What is asked of time."""
-
-    microbatches: str | None = None
-    blockwise: str | None = None
-    time_axes: list[str] | None = None
-
-    def options(self) -> dict[str, Any]:
-        """For `autoshard.plan`. Raises ValueError for what is no axis."""
-        axes: dict[str, int | str | None] = {}
-        for text in self.time_axes or ():
-            name, sign, size = text.partition("=")
-            if not (name and sign and size):
-                raise ValueError(f"cannot read --time-axis {text!r}; write NAME=NUMBER: micro=8")
-            if name in axes:
-                raise ValueError(f"--time-axis {name!r} is given twice; remove one")
-            axes[name] = as_number(size)
-        return {
-            "microbatches": as_number(self.microbatches),
-            "blockwise": as_number(self.blockwise),
-            "time_axes": axes if self.time_axes else None,
-        }
-
-
-class Staged(NamedTuple):
-    """What is asked of stages."""
-
-    stages: str | None = None
-    schedule: str | None = None
-    chunks: int | None = None
-
-    def options(self) -> dict[str, Any]:
-        """For `autoshard.plan`."""
-        return {**self._asdict(), "stages": as_number(self.stages)}
-
-
-AT_ONCE = OverTime()
-UNSTAGED = Staged()
