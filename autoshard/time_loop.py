@@ -4,14 +4,16 @@ The new function computes what is the same for all steps, runs a `lax.scan` over
 its part of the batch, and then what only the whole loop tells (`passes.time_loop`). It takes and
 gives what the traced one does, and is traced, planned and lowered like any other.
 
-Sums over the steps are carried through the scan, those of short floats as float32. Parts that are
+Sums over the steps are carried through the scan, those of short floats as float32. What a step
+scatters into zeros, as the gradient of an embedding, it scatters into the sum. Parts that are
 needed whole are stacked up and put together again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from autoshard.sources import is_at_a_line
 from autoshard.step import Step, parts_of, whole_of
 from autoshard.trace import BARRIER, INLINED, REMAT, Path, Traced, solve_part
 from passes.ir.graph import Op
-from passes.time_axis import LATE, PARTIAL, WHOLE, Split, View
+from passes.time_axis import INSIDE, LATE, PARTIAL, WHOLE, Split, View
 from passes.time_loop import TimeLoop
 
 
@@ -173,16 +175,20 @@ class Program:
         kept = [p for p in self.needed_after() if p in made]
         sums = [p for p in kept if not isinstance(self.views[p], Split)]
         stacks = [p for p in kept if isinstance(self.views[p], Split)]
+        into = {p: self.scatters[p] for p in sums if p in self.scatters}
+        run = [into[e.outs[0]] if e.outs and e.outs[0] in into else e for e in inside]
 
         def body(carry: Any, sliced: Any) -> Any:
             time, *held = carry
-            local = self.one_step(inside, env, dict(zip(parts, sliced, strict=True)), time, {})
+            begun = {into[p].ins[0]: x for p, x in zip(sums, held, strict=True) if p in into}
+            local = self.one_step(run, env, dict(zip(parts, sliced, strict=True)), time, begun)
             summed = [
-                x + local[p].astype(x.dtype) if self.views[p] is PARTIAL else local[p]
+                x + local[p].astype(x.dtype) if added[p] else local[p]
                 for p, x in zip(sums, held, strict=True)
             ]
             return (time + 1, *summed), [local[p] for p in stacks]
 
+        added = {p: self.views[p] is PARTIAL and p not in into for p in sums}
         xs = [parts_of(env[p], part, self.steps) for p, part in parts]
         start = [jnp.zeros(self.avals[p].shape, wide(self.avals[p].dtype)) for p in sums]
         held, stacked = lax.scan(body, (jnp.int32(0), *start), xs, length=self.steps)
@@ -192,6 +198,23 @@ class Program:
             view = self.views[p]
             assert isinstance(view, Split)
             env[p] = whole_of(x, view, self.avals[p].shape)
+
+    @cached_property
+    def scatters(self) -> Mapping[int, Equation]:
+        """Scatters that can add to a sum where it lies, by its place. They read it at another."""
+        inside = [e for e in self.equations if e.phase == "loop"]
+        read = {p for e in inside for p in e.ins if isinstance(p, int)}
+        out = {}
+        for e in inside:
+            op = self.ops.get(e.path)
+            if op is None or op.name != "scatter-add" or isinstance(e.ins[0], Literal):
+                continue
+            made, aval = e.outs[0], self.avals[e.outs[0]]
+            zeros = self.views[e.ins[0]] in (WHOLE, INSIDE) and (op.id, 0) not in self.loop.once
+            summed = self.views[made] is PARTIAL and wide(aval.dtype) == aval.dtype
+            if zeros and summed and made not in read:
+                out[made] = replace(e, ins=(self.place(PARTIAL, aval), *e.ins[1:]))
+        return out
 
     def parts(self, inside: Sequence[Equation]) -> list[tuple[int, Split]]:
         """What of the values outside the loop each step takes a part of."""

@@ -185,6 +185,32 @@ def test_a_scan_that_makes_something_of_the_weights_alone() -> None:
     assert "waits for all of them" not in agree(loss, ws, x)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weights", "added"), [("float32", 1, 0), ("float32", 2, 2), ("bfloat16", 1, 1)]
+)
+def test_gradients_of_rows_are_added_where_their_sum_lies(
+    dtype: str, weights: int, added: int
+) -> None:
+    """Not of a table that is read twice, nor one that is added up in a longer float."""
+    rows, labels = np.arange(16) % 7, np.ones((16, 4), "f4")
+
+    def step(table: Any, w: Any, rows: Any, labels: Any) -> Any:
+        def loss(table: Any, w: Any) -> Any:
+            found = table[rows] if weights == 1 else table[rows] * table[rows // 2]
+            return jnp.mean((jnp.tanh(found @ w) - labels) ** 2)
+
+        return jax.value_and_grad(loss, (0, 1))(table, w)
+
+    args = (*random((jnp.zeros((32, 6), dtype), jnp.zeros((6, 4), dtype))), rows, labels)
+    made, _ = cut(step, args, 4)
+    assert worst(jax.jit(made)(*args), jax.jit(step)(*args)) < (
+        1e-6 if dtype == "float32" else 0.02
+    )
+    (loop,) = (e for e in jax.make_jaxpr(made)(*args).eqns if e.primitive.name == "scan")
+    adds = [e for e in loop.params["jaxpr"].eqns if e.primitive.name.startswith("add")]
+    assert sum(e.outvars[0].aval.shape == (32, 6) for e in adds) == added
+
+
 def test_recurrent_over_time_first_arrays() -> None:
     """The batch is the second dim of what the scan steps through."""
     params = random({"u": jax.ShapeDtypeStruct((4, 8), jnp.float32)})
