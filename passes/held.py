@@ -51,8 +51,8 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
             size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
             size *= parts.get(value.id, 1)
             yield Held(begin, end, size, value.id, axes, False)
-    for v, (begin, end) in priced.copied.items():
-        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes)
+    for v, (begin, end, along) in priced.copied.items():
+        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes, along)
         if size:
             yield Held(begin, end, size, v, values[v], True)
     if priced.cluster.platform == "tpu":

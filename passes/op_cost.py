@@ -25,7 +25,7 @@ from passes.ir.mesh import Mesh
 from passes.ir.rule import Rule
 from passes.ir.sharding import BROADCAST
 from passes.kernels import Traffic, Work
-from passes.relaid import PASSES, laid_anew
+from passes.relaid import PASSES, laid_anew, overwritten, slice_laid_anew
 from passes.strategies import Axes, Layouts, Strategy, factor_parts, operand_axes, parts
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
 
@@ -87,6 +87,7 @@ class OpCost:
         self.graph, self.fusion, self.layouts = graph, fusion, layouts
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
         f = cluster.chip.fitted  # what kernels hand to each other there, they do not wait for
+        self.overwritten = overwritten(graph) if f else {}
         self.near = f.handed_on * f.vmem if f else 0.0
         self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
@@ -296,7 +297,12 @@ class OpCost:
         return shape
 
     def _laid_anew(self, op: Op, strategy: Strategy) -> float:
-        """Seconds to copy a table into rows of whole tiles and back, for those who pick from it."""
+        """Seconds to copy what it picks from, or overwrites a part of: a table, or a cache's slice.
+
+        A table is copied into rows of whole tiles, and back.
+        """
+        if op.id in self.overwritten:
+            return self._slice_laid_anew(op, strategy)
         copies, more = PASSES.get(op.name, (0, 0))
         if not copies or len(self.graph.values[op.inputs[0]].shape) != 2:
             return 0.0
@@ -311,6 +317,16 @@ class OpCost:
             lone = rows * (copies * width + (LANES if more else 0))
             time += lone * self.chip.fitted.alone
         return time
+
+    def _slice_laid_anew(self, op: Op, strategy: Strategy) -> float:
+        """Seconds of a trip's share of the copy of a whole cache before the loop."""
+        v, along = op.inputs[0], self.overwritten[op.id][1]
+        axes = self.layouts.of(op.rule, strategy)[0][0]
+        shape = self._local_shape(v, axes)
+        if along not in axes or not slice_laid_anew(shape, along):
+            return 0.0
+        nbytes = math.prod(shape) * self.graph.values[v].type.bits / 8
+        return kernel_seconds(self.chip, 0.0, 2 * nbytes, True)
 
     def _elements_of(self, op: Op, strategy: Strategy) -> list[float]:
         ins, outs = self.layouts.of(op.rule, strategy)

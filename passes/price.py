@@ -210,7 +210,7 @@ class _Pricer:
                 uses[span] = uses[span] + usage if span in uses else usage
                 if v in self.copied:
                     usage = self.copy_usage(v, self.choices_of(group.id), mapping)
-                    span = self.copied[v]
+                    span = self.copied[v][:2]
                     uses[span] = uses[span] + usage if span in uses else usage
             if node < 0:
                 node = self.fixed_memory(uses)
@@ -243,11 +243,11 @@ class _Pricer:
         return out
 
     def copy_usage(self, v: int, choices: tuple[Axes, ...], mapping: DimMap) -> Costs:
-        """Bytes of a table's copy in other tiles, under every choice."""
+        """Bytes of the copy of what is laid anew, under every choice."""
         inverse = {d: i for i, d in enumerate(mapping) if d >= 0}
         kind = self.graph.values[v].type
         axes = [tuple(inverse[e] if e >= 0 else e for e in c) for c in choices]
-        return np.array([copy_bytes(kind, a, self.sizes) for a in axes])
+        return np.array([copy_bytes(kind, a, self.sizes, self.copied[v].along) for a in axes])
 
     # copies
 

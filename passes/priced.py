@@ -14,6 +14,7 @@ from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import Liveness
 from passes.overlap import Overlap
+from passes.relaid import Copied
 from passes.solve.problem import Problem
 from passes.strategies import Axes, Layouts, Strategy
 
@@ -61,7 +62,7 @@ class Priced:
     layouts: Layouts
     narrow: frozenset[int]
     overlap: Overlap
-    copied: Mapping[int, tuple[int, int]]
+    copied: Mapping[int, Copied]
     like: tuple[int, ...]
 
 

@@ -1,4 +1,4 @@
-"""Which tables does XLA:TPU lay anew, and what do their copies take?
+"""What does XLA:TPU lay anew, tables and stacks, and what do their copies take?
 
 XLA:TPU lays a table of few columns with its rows along the lanes, without any waste. From one of
 many rows it picks rows as it lies. A table of fewer it lays anew, each row in a tile's row, and
@@ -8,16 +8,26 @@ rows are picked, and those of the rest for the update; on v5p either (`Fitted.re
 on tables of 8 to 64 columns and 65536 to 2^21 rows; between 2^18 and 2^19 rows the turn was not
 looked for. With 4 columns the gradient is laid back before the update, and no copy lies there for
 long.)
+
+A cache that a scan takes slice by slice, and overwrites one place of in each, is laid anew before
+the loop if it is split along the dim of that place: each device then reads what is there, and
+writes it back unless the place is its own, and wants that dim outermost. It does not for a slice of
+fewer than three dims, or where the dim is the outermost already; and what is made by the program
+itself is made so at once. (Seen with caches of keys for v5e, v5p and v6e; jax 0.10.2, libtpu
+0.0.42.1.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from cost_models.fitted import LANES
 from passes.ir.graph import Graph, Type
 from passes.ir.sharding import BROADCAST
 from passes.liveness import Liveness
+from passes.tile_padding import padded
 
 _AS_IT_LIES = 2**19
 _NARROWEST = 8
@@ -27,7 +37,16 @@ _NARROWEST = 8
 # zeros and five times to update both. Counted in a step of Adagrad on v5e.
 PASSES = {"gather": (1, 0), "scatter-add": (3, 6)}
 
-_NEVER: Mapping[int, tuple[int, int]] = {}
+
+class Copied(NamedTuple):
+    """The steps during which a copy lies there. along: of a stack the dim that must be split."""
+
+    begin: int
+    end: int
+    along: int = BROADCAST
+
+
+_NEVER: Mapping[int, Copied] = {}
 
 
 def laid_anew(shape: Sequence[int]) -> bool:
@@ -35,32 +54,53 @@ def laid_anew(shape: Sequence[int]) -> bool:
     return len(shape) == 2 and LANES <= shape[0] < _AS_IT_LIES and shape[1] < LANES
 
 
-def copy_bytes(type: Type, axes: Sequence[int], sizes: Sequence[int]) -> float:
-    """Bytes per device of a table's copy in whole tiles; 0 where it is not laid anew."""
+def slice_laid_anew(shape: Sequence[int], along: int) -> bool:
+    """Whether a slice on one device is laid anew where one place of it is overwritten along a dim.
+
+    >>> [slice_laid_anew((64, 128, 16), d) for d in range(3)], slice_laid_anew((1, 128, 16), 1)
+    ([False, True, True], False)
+    """
+    dims = [d for d, n in enumerate(shape) if n > 1]
+    return len(dims) > 2 and along in dims[1:]
+
+
+def copy_bytes(
+    type: Type, axes: Sequence[int], sizes: Sequence[int], along: int = BROADCAST
+) -> float:
+    """Bytes per device of a copy in whole tiles; 0 where there is none. along: as of Copied."""
     shape = list(type.shape)
     for d, n in zip(axes, sizes, strict=True):
         if d > BROADCAST:
             shape[d] //= n
+    if along > BROADCAST:
+        kept = along in axes and slice_laid_anew(shape[1:], along - 1)
+        return math.prod(shape) * type.bits / 8 * padded(shape, {along}) if kept else 0.0
     kept = laid_anew(shape) and shape[1] >= _NARROWEST
     return shape[0] * LANES * type.bits / 8 if kept else 0.0
 
 
 def copied(
     graph: Graph, live: Liveness, platform: str, early: bool = False
-) -> Mapping[int, tuple[int, int]]:
-    """Per table that is picked from, or updated so, the steps during which a copy of it lies there.
+) -> Mapping[int, Copied]:
+    """Per table and stack that may be laid anew the steps during which a copy of it lies there.
 
-    Whether it has one depends on its sharding: copy_bytes. early: the copies of what is given are
-    made when a step begins, as `Fitted.relaid_first` has it.
+    Whether it is depends on its sharding: copy_bytes. early: the copies of given tables are made
+    when a step begins, as `Fitted.relaid_first` has it.
     """
     if platform != "tpu":
         return _NEVER
-    found: dict[int, tuple[int, int]] = {}
+    found = {**_tables(graph, live, early), **dict(_stacks(graph, live))}
+    return {v: copy for v, copy in found.items() if live.stored[v]}
+
+
+def _tables(graph: Graph, live: Liveness, early: bool) -> Mapping[int, Copied]:
+    """Tables that are picked from, or updated by what was gathered for the picked."""
+    found: dict[int, Copied] = {}
 
     def note(v: int, step: int) -> None:
         first = live.spans[v][0] if early or graph.values[v].kind == "result" else step
-        begin = found[v][0] if v in found else max(0, first)
-        found[v] = begin, max(step + 1, found.get(v, (0, 0))[1])
+        begin = found[v].begin if v in found else max(0, first)
+        found[v] = Copied(begin, max(step + 1, found[v].end if v in found else 0))
 
     updates: dict[int, Type] = {}  # the gradients, and what is made of them
     for op in graph.ops:
@@ -79,4 +119,27 @@ def copied(
             ):
                 note(v, live.when[op.id])
         updates |= {v: gradient for v in op.outputs if graph.values[v].type == gradient}
-    return {v: span for v, span in found.items() if live.stored[v]}
+    return found
+
+
+def _stacks(graph: Graph, live: Liveness) -> Iterator[tuple[int, Copied]]:
+    """Given stacks, one place of each slice of which a loop overwrites."""
+    for op, (stack, along) in overwritten(graph).items():
+        loop = graph.regions[graph.ops[op].region]
+        yield stack, Copied(live.when[loop.begin], live.when[loop.end - 1] + 1, along + 1)
+
+
+def overwritten(graph: Graph) -> Mapping[int, tuple[int, int]]:
+    """Per operation that overwrites one place of a slice of a given stack: the stack, the dim."""
+    out: dict[int, tuple[int, int]] = {}
+    makers = graph.producers()
+    for op in graph.ops:
+        maker = makers[op.inputs[0]] if op.name == "dynamic_update_slice" else -1
+        if maker < 0 or graph.ops[maker].name != "scan_slice":
+            continue
+        stack = graph.ops[maker].inputs[0]
+        whole, part = (graph.values[v].shape for v in op.inputs[:2])
+        one = [d for d, (n, m) in enumerate(zip(whole, part, strict=True)) if n > m == 1]
+        if len(one) == 1 and graph.values[stack].kind != "result":
+            out[op.id] = stack, one[0]
+    return out
