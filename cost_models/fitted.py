@@ -51,11 +51,10 @@ class Fitted:
     elements then cost nothing more; 0: as of others. unit: elements along a side of the matrix
     unit. vmem: bytes of memory on the chip. handed_on: the share of it up to which values that
     kernels hand to each other stay there; 0 where none do. quotients_kept: 1 where a quotient that
-    is made narrower is kept for all who read it, 0 where each computes it. relaid_first: 1 where
-    tables whose state is laid anew to be updated are so when a step begins; 0 where it is done when
-    it is needed. gather_inside: by how much the kernels take longer inside which a weight is
-    gathered. efficiency: per dtype of the operands the share of bfloat16's peak. conv_efficiency:
-    the share of that which convolutions reach. moves: seconds per element by kind, one of MOVES.
+    is made narrower is kept for all who read it, 0 where each computes it. gather_inside: by how
+    much the kernels take longer inside which a weight is gathered. efficiency: per dtype of the
+    operands the share of bfloat16's peak. conv_efficiency: the share of that which convolutions
+    reach. moves: seconds per element by kind, one of MOVES.
     """
 
     stream: float
@@ -73,7 +72,6 @@ class Fitted:
     vmem: float
     handed_on: float
     quotients_kept: int
-    relaid_first: int
     gather_inside: float
     conv_efficiency: float
     efficiency: Mapping[str, float] = field(hash=False)

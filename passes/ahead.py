@@ -34,6 +34,13 @@ def gathers_ahead(priced: Priced, changed: Sequence[Change]) -> Mapping[int, int
     return out
 
 
+def first_gather(priced: Priced, changed: Sequence[Change]) -> int:
+    """The step of the first gather outside loops; that of the program's end where there is none."""
+    graph, when = priced.graph, priced.live.when
+    ops = (c.op for c in changed if any(m.kind == "all_gather" for m in c.moves))
+    return min((when[o] for o in ops if not graph.ops[o].region), default=priced.live.steps)
+
+
 def _runs_beside(priced: Priced, c: Change) -> bool:
     """Whether it gathers what is there early, on a TPU; in a loop each trip gathers its own."""
     return (

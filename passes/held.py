@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from passes.ahead import gathers_ahead
+from passes.ahead import first_gather, gathers_ahead
 from passes.answer import Change
 from passes.compiler import sums_whole
 from passes.ir.graph import LOOPS, Graph, Op
@@ -51,14 +51,16 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
             size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
             size *= parts.get(value.id, 1)
             yield Held(begin, end, size, value.id, axes, False)
-    for v, (begin, end, along) in priced.copied.items():
-        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes, along)
+    gather = first_gather(priced, changed) if priced.copied else 0
+    for v, copy in priced.copied.items():
+        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes, copy.along)
         if size:
-            yield Held(begin, end, size, v, values[v], True)
+            begin = min(copy.begin, max(copy.early, gather))
+            yield Held(begin, copy.end, size, v, values[v], True)
     if priced.cluster.platform == "tpu":
         yield from _spread(priced, values)
-    for _, copy in held_changes(priced, changed):
-        yield copy
+    for _, change in held_changes(priced, changed):
+        yield change
 
 
 def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:

@@ -97,9 +97,7 @@ class _Pricer:
         self.overlap = overlap(graph, cluster, mesh.devices, self.links)
         self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
-        fitted = cluster.chip.fitted
-        early = fitted is not None and fitted.relaid_first == 1
-        self.copied = copied(graph, live, cluster.platform, early)
+        self.copied = copied(graph, live, cluster.platform)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
 
@@ -210,7 +208,8 @@ class _Pricer:
                 uses[span] = uses[span] + usage if span in uses else usage
                 if v in self.copied:
                     usage = self.copy_usage(v, self.choices_of(group.id), mapping)
-                    span = self.copied[v][:2]
+                    copy = self.copied[v]  # hardly a plan for several devices gathers nothing
+                    span = copy.early if self.mesh.devices > 1 else copy.begin, copy.end
                     uses[span] = uses[span] + usage if span in uses else usage
             if node < 0:
                 node = self.fixed_memory(uses)

@@ -3,11 +3,11 @@
 XLA:TPU lays a table of few columns with its rows along the lanes, without any waste. From one of
 many rows it picks rows as it lies. A table of fewer it lays anew, each row in a tile's row, and
 updates it there: 128 elements for each of the few. So it does with the state that is updated by
-the table's gradient. On v5e it makes all copies when a step begins, on v6e that of the table when
-rows are picked, and those of the rest for the update; on v5p either (`Fitted.relaid_first`). (Seen
-on tables of 8 to 64 columns and 65536 to 2^21 rows; between 2^18 and 2^19 rows the turn was not
-looked for. With 4 columns the gradient is laid back before the update, and no copy lies there for
-long.)
+the table's gradient. It copies the table when rows are picked, and the rest for the update; but
+from the first gather among the devices on, these copies are what runs beside it, as they wait for
+nothing. (Seen on tables of 8 to 64 columns and 65536 to 2^21 rows, with Adagrad on 1, 4 and 16
+devices of v5e, v5p and v6e; between 2^18 and 2^19 rows the turn was not looked for. With 4 columns
+the gradient is laid back before the update, and no copy lies there for long.)
 
 A cache that a scan takes slice by slice, and overwrites one place of in each, is laid anew before
 the loop if it is split along the dim of that place: each device then reads what is there, and
@@ -39,10 +39,15 @@ PASSES = {"gather": (1, 0), "scatter-add": (3, 6)}
 
 
 class Copied(NamedTuple):
-    """The steps during which a copy lies there. along: of a stack the dim that must be split."""
+    """The steps during which a copy lies there. early: the first it can be made at, if it need not
+    be: it is beside gathers.
+
+    along: of a stack the dim that must be split.
+    """
 
     begin: int
     end: int
+    early: int
     along: int = BROADCAST
 
 
@@ -79,28 +84,26 @@ def copy_bytes(
     return shape[0] * LANES * type.bits / 8 if kept else 0.0
 
 
-def copied(
-    graph: Graph, live: Liveness, platform: str, early: bool = False
-) -> Mapping[int, Copied]:
+def copied(graph: Graph, live: Liveness, platform: str) -> Mapping[int, Copied]:
     """Per table and stack that may be laid anew the steps during which a copy of it lies there.
 
-    Whether it is depends on its sharding: copy_bytes. early: the copies of given tables are made
-    when a step begins, as `Fitted.relaid_first` has it.
+    Whether it is depends on its sharding: copy_bytes.
     """
     if platform != "tpu":
         return _NEVER
-    found = {**_tables(graph, live, early), **dict(_stacks(graph, live))}
+    found = {**_tables(graph, live), **dict(_stacks(graph, live))}
     return {v: copy for v, copy in found.items() if live.stored[v]}
 
 
-def _tables(graph: Graph, live: Liveness, early: bool) -> Mapping[int, Copied]:
+def _tables(graph: Graph, live: Liveness) -> Mapping[int, Copied]:
     """Tables that are picked from, or updated by what was gathered for the picked."""
     found: dict[int, Copied] = {}
 
     def note(v: int, step: int) -> None:
-        first = live.spans[v][0] if early or graph.values[v].kind == "result" else step
-        begin = found[v].begin if v in found else max(0, first)
-        found[v] = Copied(begin, max(step + 1, found[v].end if v in found else 0))
+        early = live.spans[v][0]
+        first = early if graph.values[v].kind == "result" else step
+        begin = found[v].begin if v in found else first
+        found[v] = Copied(begin, max(step + 1, found[v].end if v in found else 0), early)
 
     updates: dict[int, Type] = {}  # the gradients, and what is made of them
     for op in graph.ops:
@@ -126,7 +129,8 @@ def _stacks(graph: Graph, live: Liveness) -> Iterator[tuple[int, Copied]]:
     """Given stacks, one place of each slice of which a loop overwrites."""
     for op, (stack, along) in overwritten(graph).items():
         loop = graph.regions[graph.ops[op].region]
-        yield stack, Copied(live.when[loop.begin], live.when[loop.end - 1] + 1, along + 1)
+        begin, end = live.when[loop.begin], live.when[loop.end - 1] + 1
+        yield stack, Copied(begin, end, begin, along + 1)
 
 
 def overwritten(graph: Graph) -> Mapping[int, tuple[int, int]]:

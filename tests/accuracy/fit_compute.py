@@ -63,7 +63,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_sum_stream": 0.0,
         "handed_on": 0.2,
         "quotients_kept": 0,
-        "relaid_first": 1,
         "gather_inside": 13e-6,
     },
     "v5p": {
@@ -74,7 +73,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_sum_stream": 0.0,
         "handed_on": 0.0,
         "quotients_kept": 1,
-        "relaid_first": 1,
         "gather_inside": 13e-6,
     },
     "v6e": {
@@ -85,7 +83,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_sum_stream": cluster(SPECS["v6e"]).chip.hbm_bandwidth,
         "handed_on": 0.2,
         "quotients_kept": 0,
-        "relaid_first": 0,
         "gather_inside": 0.0,
     },
 }
@@ -274,7 +271,6 @@ _GIVEN = (
     "product_sum_stream",
     "handed_on",
     "quotients_kept",
-    "relaid_first",
     "gather_inside",
 )
 
@@ -301,7 +297,6 @@ def table(f: Fitted, worth: str) -> str:
         f"vmem_MiB = {f.vmem / 2**20:.4g}",
         *([f"handed_on = {f.handed_on:.3g}"] * (f.handed_on > 0)),
         *(["quotients_kept = 1"] * f.quotients_kept),
-        *(["relaid_first = 1"] * f.relaid_first),
         *([f"gather_inside_us = {f.gather_inside * 1e6:.3g}"] * (f.gather_inside > 0)),
         f"conv_efficiency = {f.conv_efficiency:.3g}",
         "",

@@ -224,16 +224,15 @@ def test_a_narrow_table_of_few_rows_has_a_copy_in_whole_tiles_on_tpu() -> None:
     args = ((table, table), PICKED)
     traced = trace(step, *args, donate_argnums=(0,))
     graph, live = traced.graph, lived(traced, "tpu")
-    spans = copied(graph, live, "tpu", early=True)
+    spans = copied(graph, live, "tpu")
     gradient = next(op.outputs[0] for op in graph.ops if op.name == "scatter-add")
     assert set(spans) == {*graph.inputs[:2], gradient}
-    assert all(spans[v][0] == 0 for v in graph.inputs[:2])
-    given, sums = (copied(graph, live, "tpu")[v] for v in graph.inputs[:2])
+    given, sums = (spans[v] for v in graph.inputs[:2])
+    assert given.early == sums.early == 0  # beside gathers
     picked = next(op for op in graph.ops if op.name == "gather")
     added = next(op for op in graph.ops if op.name == "scatter-add")
-    assert given[0] == live.when[picked.id]  # as they are needed
-    assert sums[0] > live.when[added.id]
-    assert given[1] == spans[graph.inputs[0]][1]
+    assert given.begin == live.when[picked.id]  # as they are needed
+    assert sums.begin > live.when[added.id]
     whole = graph.values[gradient].type
     assert copy_bytes(whole, (-1,), (8,)) == 4 * whole.nbytes  # 128 columns for 32
     assert copy_bytes(whole, (0,), (8,)) == whole.nbytes / 2
