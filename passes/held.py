@@ -22,6 +22,7 @@ from passes.ir.sharding import PARTIAL, Sharding
 from passes.lent import Span, lent
 from passes.priced import Priced
 from passes.relaid import copy_bytes
+from passes.sliced import sliced, takes_a_slice
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
 from passes.vmem import in_vmem
 
@@ -44,8 +45,14 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     A result that is made otherwise than it is kept lies there twice, such as summands.
     """
     graph, live, parts = priced.graph, priced.live, priced.fusion.parts
+    slices = sliced(priced, changed) if priced.cluster.platform == "tpu" else {}
     for value in graph.values:
         begin, end = live.spans[value.id]
+        if value.id in slices:
+            end, until, taken = slices[value.id]
+            for c in taken:
+                size = lying_bytes(c.value, c.nbytes, c.target, priced)
+                yield Held(live.when[c.op], until, size, c.value, c.target, True)
         if begin < end:
             axes = values[value.id]
             size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
@@ -59,8 +66,9 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
             yield Held(begin, copy.end, size, v, values[v], True)
     if priced.cluster.platform == "tpu":
         yield from _spread(priced, values)
-    for _, change in held_changes(priced, changed):
-        yield change
+    for c, change in held_changes(priced, changed):
+        if c.value not in slices or not takes_a_slice(graph, c):
+            yield change
 
 
 def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
