@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(
                     pytest.mark.skip(reason="needs the TPU compiler: autoshard[verify-tpu]")
                 )
+
+
+@pytest.fixture(scope="module")
+def in_a_hurry() -> Iterator[None]:
+    """For programs that run once, if at all: XLA need not make them fast.
+
+    What its partitioner and its other passes over a whole program do stays as it is.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

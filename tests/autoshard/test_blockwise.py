@@ -25,6 +25,8 @@ from autoshard.blockwise import in_blocks
 from autoshard.trace import trace
 from passes.block_counts import Blocks, NoBlocks
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 SIZE = 64  # of a sequence
 
 

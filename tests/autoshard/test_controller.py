@@ -6,7 +6,7 @@ over two. The oracle is the function itself, run by jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -23,15 +23,7 @@ from passes.pipeline.schedule import Schedule
 from passes.stages import NoStages
 from passes.time_loop import unit_path
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_hurry")]
 
 
 @cache

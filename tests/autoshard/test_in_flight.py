@@ -6,7 +6,7 @@ Of every schedule, once with devices that are played, as slow as can be, and onc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -152,14 +152,6 @@ def test_what_ends_without_a_task_of_its_own_is_let_go() -> None:
 # Arrays.
 
 
-@pytest.fixture(scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 ROWS, WIDTH, LAYERS = 4, 32, 8
 
 
@@ -261,7 +253,7 @@ def live() -> dict[Any, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_in_a_hurry")
+@pytest.mark.usefixtures("in_a_hurry")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_schedule_takes_more_than_its_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However far ahead: by what is counted, by what is done, and by the arrays that there are."""

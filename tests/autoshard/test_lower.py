@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from autoshard.trace import trace
 from passes.constraints import of_no_argument
 from passes.ir.mesh import Mesh
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 
 def load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
@@ -34,14 +35,6 @@ def load(name: str) -> Any:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 programs = load("programs")

@@ -27,6 +27,8 @@ from autoshard.trace import trace
 from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 NUMBERED = sorted(f.name for f in EXAMPLES.glob("[0-9][0-9]_*.py"))
 
 

@@ -31,7 +31,7 @@ from passes.price import price
 from passes.priced import Priced
 from passes.solve.problem import INFINITY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_hurry")]
 
 MESH = Mesh(("a", "b", "c"), (2, 2, 2))
 RNG = np.random.default_rng(6)

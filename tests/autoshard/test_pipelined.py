@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -23,15 +23,9 @@ from passes.pipeline.schedule import ScheduleError
 from passes.search import NoFeasiblePlan
 from passes.stages import NoStages
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 ON = {"cluster": "h100:8"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @cache

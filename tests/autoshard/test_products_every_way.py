@@ -30,6 +30,8 @@ from passes.price import price
 from passes.priced import Priced
 from passes.solve.problem import INFINITY
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 MESH = Mesh(("a", "b", "c"), (2, 2, 2))
 RNG = np.random.default_rng(5)
 X, W = (RNG.integers(0, 7, (8, 8, 8)).astype(np.float32) for _ in range(2))

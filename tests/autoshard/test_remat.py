@@ -28,6 +28,8 @@ from autoshard.remat import Rematable, rematable
 from autoshard.trace import trace
 from passes.remat_layers import runs
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 worst = partial(farthest, floor=1e-6)
 
 

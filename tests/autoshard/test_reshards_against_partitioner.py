@@ -24,6 +24,8 @@ from passes.ir.mesh import Mesh as PlannedMesh
 from passes.ir.sharding import BROADCAST, PARTIAL
 from passes.reshard import path, reshard_sent, steps
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 SHAPE = (16, 16, 16)
 X = np.arange(math.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
 MESHES = [(2, 2, 2), (4, 2), (2, 4), (8,)]

@@ -26,6 +26,8 @@ from autoshard.signature import signature
 from passes.ir.rule import Dim, Factor, Rule
 from passes.rules.registry import hand_rule
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 
 def gradients() -> Iterator[Sample]:
     """Gradients of a convolution's weights: pictures and windows are split together."""

@@ -33,6 +33,8 @@ from autoshard.signature import signature
 from passes.ir.rule import Dim, Rule
 from passes.rules.registry import hand_rule
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 Arrays = list[Any]
 
 # Primitives whose results depend on the place of an element, not only on the elements.

@@ -18,6 +18,8 @@ from jax import lax
 from autoshard.rule_shards import faults, find, find_all
 from passes.ir.rule import Rule
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 
 def real(*shape: int) -> Any:
     return np.random.standard_normal(shape).astype(np.float32)

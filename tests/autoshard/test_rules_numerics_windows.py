@@ -15,6 +15,8 @@ from jax import lax
 from autoshard.rule_shards import faults, find
 from passes.ir.rule import Rule
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 
 def real(*shape: int) -> Any:
     return np.random.standard_normal(shape).astype(np.float32)

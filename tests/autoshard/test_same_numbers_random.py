@@ -11,7 +11,7 @@ import importlib.util
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from passes.price import price
 from passes.priced import Priced
 from passes.solve.problem import INFINITY
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 MESHES = ({"a": 8}, {"a": 4, "b": 2}, {"a": 2, "b": 2, "c": 2})
 CLUSTER = autoshard.cluster("cpu:8")
 
@@ -53,14 +55,6 @@ def load(name: str) -> Any:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 CASES = load("programs").CASES

@@ -7,7 +7,7 @@ compiled program of the update.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -26,13 +26,7 @@ from autoshard.pipelined import PipelinedPlan
 from passes.ir.plan import PlanError
 from passes.search import NoFeasiblePlan
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 MESHES = ({"stage": 2, "data": 4, "model": 1}, {"stage": 2, "data": 2, "model": 2})

@@ -6,7 +6,7 @@ The oracle is the function itself, run by jax.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -24,15 +24,9 @@ from autoshard.spmd_rows import from_rows, rows_of, spread, to_rows
 from passes.pipeline import both_ways, generators, offload, vee
 from passes.pipeline.schedule import Schedule, there_and_back
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 Job = tuple[Callable[..., Any], Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def gpt() -> Job:

@@ -15,6 +15,8 @@ import autoshard
 from autoshard.controller import Controller
 from autoshard.stacked_array import StackedArray
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 
 def on_devices() -> Counter[int]:
     """Bytes of all arrays that there are, by device."""

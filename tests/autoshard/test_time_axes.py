@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,10 @@ from passes.hints import HintError
 from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 typer_testing = pytest.importorskip("typer.testing")
 PAGE = Path(__file__).parents[2] / "docs" / "microbatches.md"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Models

@@ -5,7 +5,6 @@ What must couple the steps does, and is named with its line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -18,20 +17,14 @@ from time_programs import ARGS, MOVES, STEPS, cut, near, program
 from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop
 
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
 steps_taken = st.lists(
     st.tuples(st.sampled_from(STEPS), st.sampled_from((0, 0, 0, 1, 2, 3)), st.integers(0, 4)),
     min_size=1,
     max_size=6,
 )
 hinted = st.sampled_from([(p, d) for p, x in enumerate(ARGS) for d in range(x.ndim)])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def check(taken: Any, grad: bool, at: tuple[int, int], other: tuple[int, int] | None) -> bool:

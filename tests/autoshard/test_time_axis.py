@@ -27,7 +27,7 @@ from passes.rules.registry import hand_rule
 from passes.time_axis import Split
 from passes.time_loop import TimeLoop, time_loop
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_hurry")]
 
 
 def load_cases() -> Any:
@@ -41,14 +41,6 @@ def load_cases() -> Any:
 
 
 CASES = load_cases()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _in_a_hurry() -> Iterator[None]:
-    """These programs run once: XLA need not make them fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def loops(traced: Traced) -> Iterator[TimeLoop]:
