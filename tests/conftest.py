@@ -9,6 +9,7 @@ pytest --hypothesis-profile=default
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -33,6 +34,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu: do not ask the network which TPU this is
 # libtpu lets one process in at a time, for the sake of a TPU; our tests only compile with it.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+
+# Traced programs are many small objects that stay: Python's collector, and with it jax's, would
+# look at them some thousand times in vain. (`autoshard.plan` does without it, for that reason.)
+gc.set_threshold(50_000, 10, 10)
 
 settings.register_profile("same cases every time", derandomize=True)
 settings.load_profile("same cases every time")
