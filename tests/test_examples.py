@@ -29,6 +29,7 @@ def test_the_example_runs(name: str, tmp_path: Path) -> None:
     env = {
         **os.environ,
         "AUTOSHARD_EXAMPLE_QUICK": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `in_a_hurry`: its programs run a few times
         "PYTHONPATH": os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")]),
     }
     env.pop(

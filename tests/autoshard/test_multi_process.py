@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 rank, count, address = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8 // count)
+jax.config.update("jax_disable_most_optimizations", True)
 if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, count, rank, initialization_timeout=60)
