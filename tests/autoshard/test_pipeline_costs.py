@@ -38,6 +38,7 @@ def known(p: Pipeline) -> tuple[object, ...]:
     return p.step_time, p.memory, each
 
 
+@pytest.mark.slow
 def test_prices_do_not_depend_on_their_order() -> None:
     one, other = costs(), costs()
     name = {1: "1F1B", 2: "interleaved 1F1B"}

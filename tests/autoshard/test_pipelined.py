@@ -73,13 +73,13 @@ def test_the_next_step_takes_the_results_of_the_last() -> None:
     """Stacked weights stay with their stages: nothing is put together in between."""
     fn, args, _ = case("gpt_scan")
     plan = pipelined(fn, *args, stages=2, mesh={"stage": 2, "data": 2, "model": 2}, microbatches=4)
-    run, plain = plan.compile(), jax.jit(fn)
+    run, whole = plan.compile(), jax.jit(fn)
     state, want = args[0], args[0]
     outs = jax.eval_shape(fn, *args)
     assert jax.tree.structure(outs[0]) == jax.tree.structure(args[0])
     for _ in range(3):
         state, value = run(state, *args[1:])
-        want, expected = plain(want, *args[1:])
+        want, expected = whole(want, *args[1:])
         assert float(value) == pytest.approx(float(expected), rel=1e-4)
     assert worst(jax.tree.leaves(state), jax.tree.leaves(want)) < 1e-3
     stacked = [x for x in jax.tree.leaves(state) if x.ndim == 3 and x.shape[0] == 6]
@@ -87,9 +87,16 @@ def test_the_next_step_takes_the_results_of_the_last() -> None:
     assert all(x.sharding.spec[0] == "stage" for x in stacked)
 
 
+@cache
+def plain() -> PipelinedPlan:
+    """One that several tests look at."""
+    fn, args = small()
+    return pipelined(fn, *args, stages=2, microbatches=4, schedule="1f1b")
+
+
 def test_a_plan_reads_and_is_kept() -> None:
     fn, args = small()
-    plan = pipelined(fn, *args, stages=2, microbatches=4, schedule="1f1b")
+    plan = plain()
     text = str(plan)
     assert "1F1B, 4 microbatches" in text
     assert "device 0 |F" in text
@@ -107,6 +114,7 @@ def test_a_plan_reads_and_is_kept() -> None:
         read.bind(other, *shapes)
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_fastest() -> None:
     fn, args = small()
     best = pipelined(fn, *args, stages=2)
@@ -205,7 +213,7 @@ def test_a_function_without_a_batch() -> None:
 
 def test_what_a_pipeline_does_not_have_says_so() -> None:
     fn, args = small()
-    plan = pipelined(fn, *args, stages=2, microbatches=4)
+    plan = plain()
     for ask in (lambda: plan.lower(), lambda: plan.in_shardings, lambda: plan.verify(top=2)):
         with pytest.raises(PlanError):
             ask()
