@@ -75,7 +75,7 @@ tables: $(INSTALLED)
 WHEEL_VENV := $(CURDIR)/.venv-wheel
 AWAY := $(WHEEL_VENV)/elsewhere
 # What a wheel may lack: every module and its examples, data, commands, documents, and a run.
-WHEEL_TESTS := tests/test_*.py tests/cost_models tests/passes tests/autoshard/test_cli*.py \
+WHEEL_TESTS := tests/test_*.py tests/cost_models tests/autoshard/test_cli*.py \
     tests/autoshard/test_parallelize.py tests/autoshard/test_verification.py
 
 wheel-test: $(INSTALLED)

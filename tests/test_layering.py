@@ -6,6 +6,7 @@ Every import counts, also one inside a function or under TYPE_CHECKING.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -189,6 +190,14 @@ def test_private_names_of_jax_stay_in_the_compat_module(module: str) -> None:
             if first in names and private(f"{names[first]}.{rest}"):
                 found.append(f"{module}:{node.lineno} uses {chain}")
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_can_be_imported(package: str) -> None:
+    """With what it needs, from wherever the package is installed."""
+    for module in modules():
+        if module.split(".")[0] == package and not module.endswith("__main__"):
+            importlib.import_module(module)
 
 
 def test_no_import_cycle() -> None:
