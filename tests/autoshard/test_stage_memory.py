@@ -64,8 +64,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     ("schedule", "mesh"),
     [
         ("1F1B", {"stage": 4, "data": 1, "model": 2}),
-        ("interleaved 1F1B", {"stage": 2, "data": 2, "model": 2}),
-        ("ZB-V", {"stage": 2, "data": 4, "model": 1}),
+        pytest.param(
+            "interleaved 1F1B", {"stage": 2, "data": 2, "model": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param("ZB-V", {"stage": 2, "data": 4, "model": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_holds_no_more_than_is_planned(
