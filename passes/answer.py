@@ -154,10 +154,13 @@ class Answer:
 def read_back(priced: Priced, choice: Sequence[int]) -> Answer:
     """What a choice means for every value and operation."""
     values, chosen = value_axes(priced, choice), op_strategies(priced, choice)
-    return Answer(values, chosen, _seconds(priced, chosen), changes(priced, choice, values, chosen))
+    seconds = _seconds(priced, values, chosen)
+    return Answer(values, chosen, seconds, changes(priced, choice, values, chosen))
 
 
-def _seconds(priced: Priced, chosen: Sequence[Strategy]) -> tuple[float, ...]:
+def _seconds(
+    priced: Priced, values: Sequence[Axes], chosen: Sequence[Strategy]
+) -> tuple[float, ...]:
     """Compute seconds per step of every operation; like operations are priced once."""
     graph, known = priced.graph, {}
     cost = OpCost(graph, priced.fusion, priced.mesh, priced.cluster, priced.links, priced.layouts)
@@ -168,8 +171,15 @@ def _seconds(priced: Priced, chosen: Sequence[Strategy]) -> tuple[float, ...]:
             out.append(0.0 if op.is_link else out[first])
             continue
         traffic = priced.fusion.traffic[op.id]
-        key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass)
+        updates = traffic.update is not None and _is_as_made(priced, op, values, strategy)
+        key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass, updates)
         if key not in known:
-            known[key] = cost.seconds(op, strategy)
+            known[key] = cost.seconds(op, strategy, updates)
         out.append(known[key] * trips[op.region])
     return tuple(out)
+
+
+def _is_as_made(priced: Priced, op: Op, values: Sequence[Axes], strategy: Strategy) -> bool:
+    """Whether the result of a product is read as each device makes it, neither summed nor moved."""
+    made = priced.layouts.of(op.rule, strategy)[1][0]
+    return PARTIAL not in made and made == values[op.outputs[0]]

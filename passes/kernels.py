@@ -8,7 +8,7 @@ bytes are, because it is they that are split.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from passes.attention import Attention
 from passes.chains import PRODUCTS, Chains, reduces
@@ -19,6 +19,17 @@ Work = tuple[tuple[str, str, float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """What is done to a gradient where its product made it, if it is whole there.
+
+    gradient: as it is handed on, as in `Traffic.moved`. by: what the operations that do it pay.
+    """
+
+    gradient: tuple[float, bool]
+    by: tuple[Traffic, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """What one run of an operation moves and computes on elements, all devices together.
 
@@ -26,7 +37,7 @@ class Traffic:
     of each value, and whether it is made and used up by kernels of the program.
     work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
     kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
-    runs: how often a product is multiplied.
+    runs: how often a product is multiplied. update: of a product that makes a gradient.
     """
 
     moved: tuple[tuple[tuple[float, bool], ...], ...]
@@ -34,6 +45,7 @@ class Traffic:
     kernels: int
     wide: bool
     runs: int = 1
+    update: Update | None = None
 
 
 @dataclass(slots=True)
@@ -52,7 +64,11 @@ class Behind:
 
 @dataclass(slots=True)
 class Kernel:
-    """Roots that run together. late: what is known only when it has seen all elements."""
+    """Roots that run together. late: what is known only when it has seen all elements.
+
+    payers: operations that pay for it. updates: a gradient, where it could run in the kernel of the
+    product that makes it; -1 for none.
+    """
 
     id: int
     region: int
@@ -61,6 +77,8 @@ class Kernel:
     reads: set[int] = field(default_factory=set)
     ops: set[int] = field(default_factory=set)
     late: set[int] = field(default_factory=set)
+    payers: dict[int, None] = field(default_factory=dict)  # an ordered set
+    updates: int = -1
 
 
 class Kernels:
@@ -81,6 +99,7 @@ class Kernels:
         self.work: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
         self.count: dict[int, int] = {}  # kernels that an operation starts
         self.wide: set[int] = set()  # operations
+        self.of_gradients: dict[int, Kernel] = {}  # by the product that makes the gradient
 
     def start(self, op: Op, elements: int, product: Op | None = None) -> Kernel:
         """A new kernel, over so many elements."""
@@ -88,15 +107,28 @@ class Kernels:
         return Kernel(op.id, op.region, elements, product)
 
     def join(self, op: Op, behind: Behind, elements: int) -> Kernel:
-        """The kernel an operation runs in: one that has what it reads at hand, or a new one."""
+        """The kernel an operation runs in: one that has what it reads at hand, or a new one.
+
+        An update has one of its own: its gradient may have to be summed before.
+        """
         total = sum(behind.leaves.values())
         leaves = behind.leaves.items()
         large = [v for v, nbytes in leaves if 4 * nbytes >= total and v not in self.barred]
+        gradient, maker = -1, None
         for v in sorted(large, key=lambda v: (-behind.leaves[v], v)):
             for kernel in (self.made.get(v), self.read.get(v)):
-                if kernel is not None and self._fits(kernel, op, behind, elements):
+                if kernel is None or not self._fits(kernel, op, behind, elements):
+                    continue
+                if kernel.product is None or not self._is_update(behind, elements):
+                    self._look_at_update(kernel, behind)
                     return kernel
-        return self.start(op, elements)
+                if kernel is self.made.get(v) and maker is None:
+                    gradient, maker = v, kernel
+        new = self.start(op, elements)
+        if maker is not None and maker.id not in self.of_gradients:
+            new.updates = gradient
+            self.of_gradients[maker.id] = new
+        return new
 
     def _fits(self, kernel: Kernel, op: Op, behind: Behind, elements: int) -> bool:
         """Whether it runs over the same elements, and all that is read is there in time."""
@@ -110,13 +142,25 @@ class Kernels:
                 return False
             if maker is not None and maker.id > kernel.id and maker.region == op.region:
                 return False
-            of_all = self.values[v].type.size == elements
-            if of_all and kernel.product is not None and self.chains.is_given(v):
-                return False
         return True
+
+    def _is_update(self, behind: Behind, elements: int) -> bool:
+        """Whether it reads something of the state, of all these elements."""
+        return any(
+            self.values[v].type.size == elements and self.chains.is_given(v) for v in behind.leaves
+        )
+
+    def _look_at_update(self, kernel: Kernel, behind: Behind) -> None:
+        """Where part of an update waits for what comes later, its product is long done."""
+        if kernel.updates >= 0:
+            product = self.made[kernel.updates].id
+            makers = [self.made[v] for v in behind.leaves if v in self.made]
+            if any(m is not kernel and m.id > product for m in makers):
+                kernel.updates = -1
 
     def pay(self, kernel: Kernel, at: tuple[int, int], behind: Behind) -> None:
         """Reads that the kernel has not paid yet, and what is computed on the way."""
+        kernel.payers[at[0]] = None
         for v, nbytes in behind.leaves.items():
             if v not in kernel.reads and self.made.get(v) is not kernel:
                 kernel.reads.add(v)
@@ -144,6 +188,7 @@ class Kernels:
 
     def write(self, kernel: Kernel, at: tuple[int, int], v: int, nbytes: float) -> None:
         """It writes so many bytes of a value."""
+        kernel.payers[at[0]] = None
         size = self.values[v].type.size
         if size == kernel.elements and self.nbytes[v] >= 4 * size:
             self.wide.add(at[0])
@@ -165,19 +210,25 @@ class Kernels:
     def traffic(self) -> tuple[Traffic, ...]:
         """What every operation pays; equal ones are one object."""
         known: dict[Traffic, Traffic] = {}
-        out = []
-        for op in self.graph.ops:
-            tensors = range(len(op.inputs) + len(op.outputs))
-            moved = tuple(
-                tuple((n, self._passes_by(v)) for v, n in self.moved.get((op.id, k), ()))
-                for k in tensors
-            )
-            work = tuple(_sorted(self.work.get((op.id, k), {})) for k in tensors)
-            kernels = 0 if self._is_inside(op) else self.count.get(op.id, 0)
-            runs = 2 if op.id in self.attention.again else 1
-            found = Traffic(moved, work, kernels, op.id in self.wide, runs)
-            out.append(known.setdefault(found, found))
-        return tuple(out)
+        paid = [self._paid(op) for op in self.graph.ops]
+        for number, kernel in self.of_gradients.items():
+            v = kernel.updates
+            if v >= 0:
+                by = tuple(known.setdefault(paid[o], paid[o]) for o in kernel.payers)
+                update = Update((float(self.nbytes[v]), self._passes_by(v)), by)
+                paid[number] = replace(paid[number], update=update)
+        return tuple(known.setdefault(found, found) for found in paid)
+
+    def _paid(self, op: Op) -> Traffic:
+        tensors = range(len(op.inputs) + len(op.outputs))
+        moved = tuple(
+            tuple((n, self._passes_by(v)) for v, n in self.moved.get((op.id, k), ()))
+            for k in tensors
+        )
+        work = tuple(_sorted(self.work.get((op.id, k), {})) for k in tensors)
+        kernels = 0 if self._is_inside(op) else self.count.get(op.id, 0)
+        runs = 2 if op.id in self.attention.again else 1
+        return Traffic(moved, work, kernels, op.id in self.wide, runs)
 
 
 def _sorted(work: Mapping[tuple[str, str], Sequence[float]]) -> Work:

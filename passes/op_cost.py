@@ -8,7 +8,7 @@ one that `passes.fusion` names.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cost_models.cluster import Cluster
@@ -24,7 +24,7 @@ from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.rule import Rule
 from passes.ir.sharding import BROADCAST
-from passes.kernels import Traffic, Work
+from passes.kernels import Traffic, Update, Work
 from passes.relaid import PASSES, laid_anew, overwritten, slice_laid_anew
 from passes.strategies import Axes, Layouts, Strategy, factor_parts, operand_axes, parts
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
@@ -92,15 +92,19 @@ class OpCost:
         self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
 
-    def seconds(self, op: Op, strategy: Strategy) -> float:
-        """Seconds of one run of an operation under a strategy."""
+    def seconds(self, op: Op, strategy: Strategy, updates: bool = False) -> float:
+        """Seconds of one run of an operation under a strategy.
+
+        updates: whether a product hands its result to the update behind it as it is made. Their one
+        kernel takes what the update is priced at by itself, and the seconds of the product.
+        """
         traffic = self.fusion.traffic[op.id]
         facts = self._facts(op, traffic)
         if facts.idle:
             return 0.0
         local = self._local(op, facts, strategy)
         if op.name == "dot_general":
-            time = self._product(op, traffic, strategy, local, facts)
+            time = self._product(op, traffic, strategy, local, facts, updates)
         elif op.name == "conv_general_dilated":
             time = self._convolution(op, traffic, strategy, local)
         elif op.name in PRODUCTS:
@@ -165,28 +169,59 @@ class OpCost:
         return dtype
 
     def _product(
-        self, op: Op, traffic: Traffic, strategy: Strategy, local: _Local, facts: _Facts
+        self,
+        op: Op,
+        traffic: Traffic,
+        strategy: Strategy,
+        local: _Local,
+        facts: _Facts,
+        updates: bool,
     ) -> float:
-        batch, m, n, k = self._sizes(op.rule, strategy)
+        sizes = self._sizes(op.rule, strategy)
         chip, dtype = self.chip, self._dtype(op)
-        more, laid = self._spread(op, strategy) if batch > 1 and op.name == DOT else (0.0, 0.0)
-        moved = local.moved + more
+        spread = sizes[0] > 1 and op.name == DOT
+        more, laid = self._spread(op, strategy) if spread else (0.0, 0.0)
         plain = [n for n, made in zip(local.of_operand, facts.computed, strict=False) if not made]
-        ahead = fetched_ahead(chip, local.flops, dtype, moved, plain)
-        time = product_seconds(
-            chip,
-            batch,
-            m,
-            n,
-            k,
-            dtype,
-            moved_bytes=moved - ahead,
-            result_dtype="float32" if traffic.wide else "bfloat16",
-            rows=self._rows(op, strategy) if chip.fitted and 1 in (m, n, k) else 8,
-            reduces=facts.reduces,
-            computed=all(facts.computed),
-        )
-        return max(time * traffic.runs, local.work) + laid
+        rows = self._rows(op, strategy) if chip.fitted and 1 in sizes[1:] else 8
+
+        def seconds(moved: float) -> float:
+            time = product_seconds(
+                chip,
+                *sizes,
+                dtype,
+                moved_bytes=moved - fetched_ahead(chip, local.flops, dtype, moved, plain),
+                result_dtype="float32" if traffic.wide else "bfloat16",
+                rows=rows,
+                reduces=facts.reduces,
+                computed=all(facts.computed),
+            )
+            return max(time * traffic.runs, local.work)
+
+        time = seconds(local.moved + more)
+        if updates and traffic.update is not None:
+            bytes_more, less = self._update(traffic.update, math.prod(sizes[:3]), op, strategy)
+            time = min(time, max(0.0, seconds(local.moved + more + bytes_more) - less))
+        return time + laid
+
+    def _update(
+        self, update: Update, elements: float, op: Op, strategy: Strategy
+    ) -> tuple[float, float]:
+        """Bytes that a product moves more where it updates the state by the gradient that it makes,
+        and the seconds that the update, which is priced by itself, takes less.
+        """
+        shards = _shards(self.layouts.of(op.rule, strategy)[1][0], self.sizes)
+        gradient = self._moved([update.gradient], shards)
+        moved = alone = 0.0
+        for traffic in update.by:
+            paid = sum(self._moved(of, shards) for of in traffic.moved)
+            work = sum(self._work(of, False) for of in traffic.work) / shards
+            moved += paid
+            alone += self._kernel(traffic, elements, paid, work, self._rows(op, strategy))
+        return moved - 2 * gradient, alone
+
+    def _moved(self, paid: Iterable[tuple[float, bool]], shards: int) -> float:
+        """Bytes that one device moves of these, split so often."""
+        return sum(n for n, near in paid if not near or n > self.near * shards) / shards
 
     def _spread(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Bytes more that a batched product moves as its tensors are tiled, and seconds to lay
@@ -270,17 +305,21 @@ class OpCost:
                 return time + chip.kernel_latency
             time = vector_seconds(chip, op.name, elements, moved, dtype, True)
             return max(local.work, time) + self._laid_anew(op, strategy)
+        elements = max(self._elements_of(op, strategy), default=0.0)
+        return self._kernel(traffic, elements, moved, local.work, self._rows(op, strategy))
+
+    def _kernel(
+        self, traffic: Traffic, elements: float, moved: float, work: float, rows: int
+    ) -> float:
+        """A reduction or a chain of operations on elements."""
+        chip = self.chip
         if not traffic.kernels:  # it runs in another's kernel
             rate = chip.fitted.stream if chip.fitted else chip.hbm_bandwidth * chip.hbm_efficiency
-            return max(moved / rate, local.work)
+            return max(moved / rate, work)
         if chip.fitted is None:
-            return (
-                max(kernel_seconds(chip, 0.0, moved, True, local.work), 0.0) + chip.kernel_latency
-            )
-        elements = max(self._elements_of(op, strategy), default=0.0)
+            return max(kernel_seconds(chip, 0.0, moved, True, work), 0.0) + chip.kernel_latency
         alone = sum(map(len, traffic.work)) == 1
-        rows = self._rows(op, strategy)
-        return kernel_seconds(chip, elements, moved, traffic.wide, local.work, alone, rows)
+        return kernel_seconds(chip, elements, moved, traffic.wide, work, alone, rows)
 
     def _rows(self, op: Op, strategy: Strategy) -> int:
         """Rows of a tile of its largest tensor, as one device has it."""

@@ -409,12 +409,29 @@ class _Pricer:
             if op.is_link:
                 self.cache[key] = np.zeros(len(table))
             else:
-                known: dict[Strategy, float] = {}
-                for s in table:
-                    if s not in known:
-                        known[s] = self.op_cost.seconds(op, s)
-                trips = self.trips[op.region] * PICO
-                self.cache[key] = np.array([known[s] for s in table]) * trips
+                self.cache[key] = self.picoseconds(op, table, updates=True)
+        out: Costs = self.cache[key]
+        return out
+
+    def picoseconds(self, op: Op, table: tuple[Strategy, ...], updates: bool) -> Costs:
+        known: dict[Strategy, float] = {}
+        for s in table:
+            if s not in known:
+                known[s] = self.op_cost.seconds(op, s, updates)
+        return np.array([known[s] for s in table]) * (self.trips[op.region] * PICO)
+
+    def apart(
+        self, op: Op, table: tuple[Strategy, ...], wants: tuple[Axes, ...], axes: tuple[Axes, ...]
+    ) -> Costs:
+        """What a product takes longer where the update behind it runs by itself, because its result
+        is changed before: `compute` has it without that.
+        """
+        traffic = self.fusion.traffic[op.id]
+        key = ("apart", id(op.rule), id(wants), id(axes), id(traffic), self.trips[op.region])
+        if key not in self.cache:
+            more = self.picoseconds(op, table, False) - self.picoseconds(op, table, True)
+            changed = np.array([[PARTIAL in w or w != a for a in axes] for w in wants])
+            self.cache[key] = np.round(more[:, None] * changed)
         out: Costs = self.cache[key]
         return out
 
@@ -466,6 +483,8 @@ class _Pricer:
         else:
             whole = self.graph.values[v].type.nbytes  # made, and summed, as it is
             matrix = self.table.matrix(wants, axes, self.kept.of_value[v], trips, whole)
+            if self.fusion.traffic[op.id].update is not None:
+                matrix = np.minimum(matrix + self.apart(op, table, wants, axes), INFINITY)
         self.place(matrix, *((node, owner) if side == "operand" else (owner, node)), times)
 
     def place(self, matrix: Costs, u: int, v: int, times: int = 1) -> None:
