@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from passes.attention import Attention
 from passes.chains import PRODUCTS, Chains, reduces
+from passes.handed_on import FAR, waiting
 from passes.ir.graph import Op
+from passes.liveness import IN_PLACE
 
 # (primitive, dtype, elements computed, FLOP)
 Work = tuple[tuple[str, str, float, float], ...]
@@ -25,7 +28,7 @@ class Update:
     gradient: as it is handed on, as in `Traffic.moved`. by: what the operations that do it pay.
     """
 
-    gradient: tuple[float, bool]
+    gradient: tuple[float, int]
     by: tuple[Traffic, ...]
 
 
@@ -34,13 +37,13 @@ class Traffic:
     """What one run of an operation moves and computes on elements, all devices together.
 
     moved: per tensor, operands first and then results, what is read or written for its sake: bytes
-    of each value, and whether it is made and used up by kernels of the program.
+    of each value, and how long it waits for its last reader (`passes.handed_on`).
     work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
     kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
     runs: how often a product is multiplied. update: of a product that makes a gradient.
     """
 
-    moved: tuple[tuple[tuple[float, bool], ...], ...]
+    moved: tuple[tuple[tuple[float, int], ...], ...]
     work: tuple[Work, ...]
     kernels: int
     wide: bool
@@ -204,26 +207,46 @@ class Kernels:
         sides = (*op.inputs, *op.outputs)
         return op.name not in PRODUCTS and not self.inside.isdisjoint(sides)
 
-    def _passes_by(self, v: int) -> bool:
-        return v in self.made and v not in self.chains.results and v not in self.far
+    def _waiting(self) -> dict[int, int]:
+        """Per value that kernels hand on, how long it waits: its class."""
+        place = list(accumulate(self.count.get(op.id, 0) for op in self.graph.ops))
+        last: dict[int, int] = {}
+        for (reader, _), moved in self.moved.items():
+            for v, _ in moved:
+                last[v] = max(last.get(v, 0), place[reader])
+        return {
+            v: waiting(max(0, last.get(v, 0) - place[maker.id]))
+            for v, maker in self.made.items()
+            if v not in self.chains.results and v not in self.far and not self._lies(v)
+        }
+
+    def _lies(self, v: int) -> bool:
+        """Whether it is written in place into what is given, or is part of a stack."""
+        op = self.graph.ops[self.chains.producers[v]]
+        while op.name in IN_PLACE:
+            v = op.inputs[0]
+            if v not in self.made:
+                return True
+            op = self.graph.ops[self.chains.producers[v]]
+        return False
 
     def traffic(self) -> tuple[Traffic, ...]:
         """What every operation pays; equal ones are one object."""
         known: dict[Traffic, Traffic] = {}
-        paid = [self._paid(op) for op in self.graph.ops]
+        wait = self._waiting()
+        paid = [self._paid(op, wait) for op in self.graph.ops]
         for number, kernel in self.of_gradients.items():
             v = kernel.updates
             if v >= 0:
                 by = tuple(known.setdefault(paid[o], paid[o]) for o in kernel.payers)
-                update = Update((float(self.nbytes[v]), self._passes_by(v)), by)
+                update = Update((float(self.nbytes[v]), wait.get(v, FAR)), by)
                 paid[number] = replace(paid[number], update=update)
         return tuple(known.setdefault(found, found) for found in paid)
 
-    def _paid(self, op: Op) -> Traffic:
+    def _paid(self, op: Op, wait: Mapping[int, int]) -> Traffic:
         tensors = range(len(op.inputs) + len(op.outputs))
         moved = tuple(
-            tuple((n, self._passes_by(v)) for v, n in self.moved.get((op.id, k), ()))
-            for k in tensors
+            tuple((n, wait.get(v, FAR)) for v, n in self.moved.get((op.id, k), ())) for k in tensors
         )
         work = tuple(_sorted(self.work.get((op.id, k), {})) for k in tensors)
         kernels = 0 if self._is_inside(op) else self.count.get(op.id, 0)

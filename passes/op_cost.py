@@ -20,6 +20,7 @@ from cost_models.topology import AxisLink
 from cost_models.vector import kernel_seconds, tile_rows, vector_seconds, work_seconds
 from passes.chains import MOVES, PRODUCTS
 from passes.fusion import Fusion
+from passes.handed_on import FAR, moved_part
 from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.rule import Rule
@@ -53,12 +54,12 @@ class _Paid(NamedTuple):
     """What an operation pays for one of its tensors, were it whole on one device.
 
     tensor: its number, operands first. nbytes: what is moved at any size. near: bytes of values
-    that are not moved where they are small. work: seconds of arithmetic.
+    that may be handed on in VMEM, and how long each waits. work: seconds of arithmetic.
     """
 
     tensor: int
     nbytes: float
-    near: tuple[float, ...]
+    near: tuple[tuple[float, int], ...]
     work: float
 
 
@@ -86,9 +87,10 @@ class OpCost:
     ) -> None:
         self.graph, self.fusion, self.layouts = graph, fusion, layouts
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
-        f = cluster.chip.fitted  # what kernels hand to each other there, they do not wait for
+        f = cluster.chip.fitted
         self.overwritten = overwritten(graph) if f else {}
-        self.near = f.handed_on * f.vmem if f else 0.0
+        self.near = f.handed_on * f.vmem if f else 0.0  # what is copied stays there up to this size
+        self.vmem = f.vmem if f and f.handed_on else 0.0  # where kernels hand results on
         self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
         self.roles: dict[int, tuple[tuple[int, ...], ...]] = {}
 
@@ -120,8 +122,8 @@ class OpCost:
             paid = []
             for k, (moved, work) in enumerate(zip(traffic.moved, traffic.work, strict=True)):
                 if moved or work:
-                    far = sum(n for n, near in moved if not near)
-                    near = tuple(n for n, near in moved if near)
+                    far = sum(n for n, wait in moved if wait == FAR or not self.vmem)
+                    near = tuple(of for of in moved if of[1] != FAR and self.vmem)
                     paid.append(_Paid(k, far, near, self._work(work, op.name in PRODUCTS)))
             halos = frozenset(f for f, factor in enumerate(op.rule.factors) if factor.halo)
             runs = op.name in PRODUCTS or not (op.rule.fuses or _reduces(op))
@@ -139,7 +141,7 @@ class OpCost:
         for paid in facts.paid:
             at = paid.tensor
             shards = _shards(ins[at] if at < len(ins) else outs[at - len(ins)], self.sizes)
-            moved = paid.nbytes + sum(n for n in paid.near if n > self.near * shards)
+            moved = paid.nbytes + (self._near(paid.near, shards) if paid.near else 0.0)
             if at < len(ins):
                 of_operand[at] = moved / shards
             total += moved / shards
@@ -148,6 +150,12 @@ class OpCost:
         if op.rule.moved is not None and not op.rule.fuses:  # it does not touch all of its tensors
             total += op.rule.moved / split
         return _Local(total, op.rule.flops / split, work, of_operand)
+
+    def _near(self, paid: Iterable[tuple[float, int]], shards: int) -> float:
+        """Bytes that are moved of values, as they would be were they whole on one device."""
+        if not self.vmem:
+            return sum(n for n, _ in paid)
+        return sum(n * moved_part(n / shards / self.vmem, wait) for n, wait in paid)
 
     def _work(self, work: Work, product: bool) -> float:
         """Seconds of arithmetic on elements, in the kernel of a product or in another."""
@@ -210,18 +218,14 @@ class OpCost:
         and the seconds that the update, which is priced by itself, takes less.
         """
         shards = _shards(self.layouts.of(op.rule, strategy)[1][0], self.sizes)
-        gradient = self._moved([update.gradient], shards)
+        gradient = self._near([update.gradient], shards) / shards
         moved = alone = 0.0
         for traffic in update.by:
-            paid = sum(self._moved(of, shards) for of in traffic.moved)
+            paid = sum(self._near(of, shards) for of in traffic.moved) / shards
             work = sum(self._work(of, False) for of in traffic.work) / shards
             moved += paid
             alone += self._kernel(traffic, elements, paid, work, self._rows(op, strategy))
         return moved - 2 * gradient, alone
-
-    def _moved(self, paid: Iterable[tuple[float, bool]], shards: int) -> float:
-        """Bytes that one device moves of these, split so often."""
-        return sum(n for n, near in paid if not near or n > self.near * shards) / shards
 
     def _spread(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         """Bytes more that a batched product moves as its tensors are tiled, and seconds to lay
