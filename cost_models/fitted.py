@@ -49,12 +49,13 @@ class Fitted:
     of its arithmetic a product takes longer whose kernel computes both operands.
     product_sum_stream: bytes/s of a product's kernel that also reduces what it makes, whose
     elements then cost nothing more; 0: as of others. unit: elements along a side of the matrix
-    unit. vmem: bytes of memory on the chip. handed_on: the share of it up to which values that
-    kernels hand to each other stay there; 0 where none do. quotients_kept: 1 where a quotient that
-    is made narrower is kept for all who read it, 0 where each computes it. gather_inside: by how
-    much the kernels take longer inside which a weight is gathered. efficiency: per dtype of the
-    operands the share of bfloat16's peak. conv_efficiency: the share of that which convolutions
-    reach. moves: seconds per element by kind, one of MOVES.
+    unit. vmem: bytes of memory on the chip. handed_on: the share of it up to which copies and sums
+    stay there; 0 where kernels hand on nothing (`passes.handed_on` tells how much of their results
+    they do). quotients_kept: 1 where a quotient that is made narrower is kept for all who read it,
+    0 where each computes it. gather_inside: by how much the kernels take longer inside which a
+    weight is gathered. efficiency: per dtype of the operands the share of bfloat16's peak.
+    conv_efficiency: the share of that which convolutions reach. moves: seconds per element by kind,
+    one of MOVES.
     """
 
     stream: float

@@ -23,9 +23,11 @@ Work = tuple[tuple[str, str, float, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What is done to a gradient where its product made it, if it is whole there.
+    """What is done to a product's result together with arguments: a gradient updates the state.
 
-    gradient: as it is handed on, as in `Traffic.moved`. by: what the operations that do it pay.
+    It runs in the product's kernel where the result is read as each device makes it, and in one of
+    its own where it is summed or moved before. gradient: the result as it is handed on, as in
+    `Traffic.moved`. by: what the operations that do it pay.
     """
 
     gradient: tuple[float, int]
@@ -40,7 +42,7 @@ class Traffic:
     of each value, and how long it waits for its last reader (`passes.handed_on`).
     work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
     kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
-    runs: how often a product is multiplied. update: of a product that makes a gradient.
+    runs: how often a product is multiplied. update: behind a product.
     """
 
     moved: tuple[tuple[tuple[float, int], ...], ...]
@@ -69,8 +71,8 @@ class Behind:
 class Kernel:
     """Roots that run together. late: what is known only when it has seen all elements.
 
-    payers: operations that pay for it. updates: a gradient, where it could run in the kernel of the
-    product that makes it; -1 for none.
+    payers: operations that pay for it. updates: a gradient, where all of it could run in the kernel
+    of the product that makes it; -1 for none.
     """
 
     id: int
@@ -112,7 +114,8 @@ class Kernels:
     def join(self, op: Op, behind: Behind, elements: int) -> Kernel:
         """The kernel an operation runs in: one that has what it reads at hand, or a new one.
 
-        An update has one of its own: its gradient may have to be summed before.
+        An update has one of its own: its gradient may have to be summed before. `Update` says
+        where else it could run.
         """
         total = sum(behind.leaves.values())
         leaves = behind.leaves.items()
@@ -221,7 +224,7 @@ class Kernels:
         }
 
     def _lies(self, v: int) -> bool:
-        """Whether it is written in place into what is given, or is part of a stack."""
+        """Whether it is written in place into an argument or a stack, which lie in HBM."""
         op = self.graph.ops[self.chains.producers[v]]
         while op.name in IN_PLACE:
             v = op.inputs[0]

@@ -42,9 +42,9 @@ SPECS = {"v3": "v3:1x1", "v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1",
 #   sum as the other operand, it is 0.7, 0.5 and 1.0 for 2048 contracted, half of that for 8192. In
 #   programs many an operand lies in VMEM, and it costs nothing: shares of about 0.3, all and 0.6 of
 #   these are nearest to the steps of tests/accuracy;
-# * up to which share of VMEM kernels hand values to each other there: of what compiled steps make,
-#   v5e and v6e keep most, v5p hardly anything. Compute of tests/accuracy is nearest so: on v5p 8 %
-#   off on average, 11 with a fifth; on v5e 11 %, 10 with a tenth, but steps are then 11 off, not 9;
+# * up to which share of VMEM copies and sums stay there, and whether kernels hand on results: of
+#   what compiled steps make, v5e and v6e keep most, v5p hardly anything. Compute of
+#   tests/accuracy is nearest so: on v5p 8 % off on average, 11 with a fifth;
 # * whether the weights of an attention are kept, narrowed: they are in steps for v5p;
 # * whether tables are laid anew when a step begins: as compiled steps of DLRM have it, mostly;
 # * how much longer kernels take for a gather inside: with four kinds of weights of GPT-2 small

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from jax.sharding import PartitionSpec
 
 import autoshard
+from autoshard.trace import trace
+from passes.attention import NONE
+from passes.fusion import fuse
+from passes.ir.mesh import Mesh
+from passes.meshes import links_of
+from passes.op_cost import OpCost
+from passes.strategies import Layouts
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -85,3 +95,104 @@ def test_the_tpu_compiler_takes_longer_for_two_computed_operands() -> None:
     found = compiled(of_computed, "v5p:1x1x1", *DEEP)
     assert found > 1.4 * compiled(product, "v5p:1x1x1", DEEP[0], array(2048, 8192))
     assert predicted(of_computed, "v5p:1x1x1", *DEEP) == pytest.approx(found, rel=0.2)
+
+
+def gradient(x: Any, dy: Any) -> Any:
+    return jnp.einsum("ki,kj->ij", x, dy, preferred_element_type=F32)
+
+
+def updated(x: Any, dy: Any, w: Any, m: Any) -> Any:
+    """A step of gradient descent with momentum."""
+    m = 0.9 * m + gradient(x, dy)
+    return w - 0.1 * m, m
+
+
+def update_alone(g: Any, w: Any, m: Any) -> Any:
+    m = 0.9 * m + g
+    return w - 0.1 * m, m
+
+
+def of_update(k: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    state = array(1024, 4096, dtype=F32)
+    return array(k, 1024), array(k, 4096), state, state
+
+
+def apart(cluster: str, k: int) -> float:
+    """Seconds of the gradient and of the update, one after the other."""
+    x, dy, w, m = of_update(k)
+    made, read = predicted(gradient, cluster, x, dy), predicted(update_alone, cluster, w, w, m)
+    return made + read
+
+
+@pytest.mark.parametrize("cluster", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+def test_an_update_runs_in_the_kernel_that_makes_its_gradient(cluster: str) -> None:
+    saved = apart(cluster, 2048) - predicted(updated, cluster, *of_update(2048))
+    # The gradient is neither written nor read again.
+    chip = autoshard.cluster(cluster).chip
+    assert saved > 0.9 * 2 * 4 * 1024 * 4096 / chip.hbm_bandwidth
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("cluster", ["v5e:1x1", "v6e:1x1"])
+def test_the_tpu_compiler_updates_the_state_where_its_gradient_is_made(cluster: str) -> None:
+    found = compiled(updated, cluster, *of_update(2048))
+    x, dy, w, m = of_update(2048)
+    separate = compiled(gradient, cluster, x, dy) + compiled(update_alone, cluster, w, w, m)
+    assert found < 0.95 * separate
+    assert predicted(updated, cluster, *of_update(2048)) == pytest.approx(found, rel=0.25)
+
+
+def split(**hints: Any) -> autoshard.Plan:
+    return autoshard.plan(
+        updated, *of_update(16384), cluster="v5e:2x2", mesh={"data": 4}, hints=hints
+    )
+
+
+def test_an_update_of_what_is_summed_over_devices_runs_by_itself() -> None:
+    rows, whole = PartitionSpec("data", None), PartitionSpec(None, None)
+    summed = split(x=rows, dy=rows, w=whole, m=whole)  # each device has a part of the batch
+    # Its kernels are those of a quarter of the batch; the gradient may be handed on in VMEM.
+    assert summed.cost.compute_time == pytest.approx(apart("v5e:1x1", 16384 // 4), rel=0.1)
+    assert summed.cost.compute_time > 1.15 * predicted(updated, "v5e:1x1", *of_update(16384 // 4))
+
+
+def test_an_update_of_a_part_of_the_state_runs_with_the_gradient_of_that_part() -> None:
+    columns, whole = PartitionSpec(None, "data"), PartitionSpec(None, None)
+    parts = split(x=whole, dy=columns, w=columns, m=columns)
+    state = array(1024, 1024, dtype=F32)
+    one = predicted(updated, "v5e:1x1", array(16384, 1024), array(16384, 1024), state, state)
+    assert parts.cost.compute_time == pytest.approx(one, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.integers(1, 40).map(lambda n: 128 * n),
+    st.integers(1, 40).map(lambda n: 128 * n),
+    st.integers(1, 80).map(lambda n: 128 * n),
+    st.sampled_from(["v5e:1x1", "v5p:1x1x1", "v6e:1x1", "h100:1"]),
+)
+def test_an_update_never_takes_longer_where_its_gradient_is_made(
+    m: int, n: int, k: int, cluster: str
+) -> None:
+    state = array(m, n, dtype=F32)
+    x, dy = array(k, m), array(k, n)
+    graph = trace(updated, x, dy, state, state).graph
+    on, mesh = autoshard.cluster(cluster), Mesh(("data",), (1,))
+    fusion = fuse(graph, on.platform, NONE)
+    cost = OpCost(graph, fusion, mesh, on, links_of(on, mesh), Layouts(mesh.sizes))
+    for op in graph.ops:
+        strategy = (-1,)
+        together, by_itself = (cost.seconds(op, strategy, updates) for updates in (True, False))
+        assert 0.0 <= together <= by_itself
+    runs_there = any(t.update is not None for t in fusion.traffic)
+    assert runs_there == (on.platform == "tpu")
+
+
+def test_an_update_that_waits_for_all_gradients_runs_by_itself() -> None:
+    def clipped(x: Any, dy: Any, w: Any, m: Any) -> Any:
+        """A gradient of norm one is only known when all of it is there."""
+        g = gradient(x, dy)
+        return update_alone(g / jnp.sqrt((g * g).sum()), w, m)
+
+    graph = trace(clipped, *of_update(2048)).graph
+    assert all(t.update is None for t in fuse(graph, "tpu", NONE).traffic)
