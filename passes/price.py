@@ -401,39 +401,31 @@ class _Pricer:
             if all(self.decisions.partial[op.inputs[k]] for k in members)
         )
 
-    def compute(self, op: Op, table: tuple[Strategy, ...]) -> Costs:
+    def compute(self, op: Op, table: tuple[Strategy, ...], updates: bool = True) -> Costs:
+        """Of every strategy. updates: a product hands its result on as made, see `OpCost`."""
         traffic = self.fusion.traffic[op.id]
         once = op.id in self.kept.one_pass
-        key = ("compute", id(op.rule), id(table), id(traffic), self.trips[op.region], once)
+        key = ("compute", id(op.rule), id(table), id(traffic), self.trips[op.region], once, updates)
         if key not in self.cache:
             if op.is_link:
                 self.cache[key] = np.zeros(len(table))
             else:
-                self.cache[key] = self.picoseconds(op, table, updates=True)
+                known: dict[Strategy, float] = {}
+                for s in table:
+                    if s not in known:
+                        known[s] = self.op_cost.seconds(op, s, updates)
+                trips = self.trips[op.region] * PICO
+                self.cache[key] = np.array([known[s] for s in table]) * trips
         out: Costs = self.cache[key]
         return out
-
-    def picoseconds(self, op: Op, table: tuple[Strategy, ...], updates: bool) -> Costs:
-        known: dict[Strategy, float] = {}
-        for s in table:
-            if s not in known:
-                known[s] = self.op_cost.seconds(op, s, updates)
-        return np.array([known[s] for s in table]) * (self.trips[op.region] * PICO)
 
     def apart(
         self, op: Op, table: tuple[Strategy, ...], wants: tuple[Axes, ...], axes: tuple[Axes, ...]
     ) -> Costs:
-        """What a product takes longer where the update behind it runs by itself, because its result
-        is changed before: `compute` has it without that.
-        """
-        traffic = self.fusion.traffic[op.id]
-        key = ("apart", id(op.rule), id(wants), id(axes), id(traffic), self.trips[op.region])
-        if key not in self.cache:
-            more = self.picoseconds(op, table, False) - self.picoseconds(op, table, True)
-            changed = np.array([[PARTIAL in w or w != a for a in axes] for w in wants])
-            self.cache[key] = np.round(more[:, None] * changed)
-        out: Costs = self.cache[key]
-        return out
+        """What a product takes longer where its result is changed before it is read."""
+        more = np.round(self.compute(op, table, updates=False) - self.compute(op, table))
+        changed = np.array([[PARTIAL in w or w != a for a in axes] for w in wants])
+        return np.where(changed, more[:, None], 0.0)
 
     # edges
 

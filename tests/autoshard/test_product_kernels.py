@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,10 +16,15 @@ from jax.sharding import PartitionSpec
 import autoshard
 from autoshard.trace import trace
 from passes.attention import NONE
+from passes.decisions import decide
 from passes.fusion import fuse
 from passes.ir.mesh import Mesh
+from passes.liveness import liveness
 from passes.meshes import links_of
 from passes.op_cost import OpCost
+from passes.plan_cost import cost_of
+from passes.price import price
+from passes.solve.problem import INFINITY
 from passes.strategies import Layouts
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -196,3 +202,40 @@ def test_an_update_that_waits_for_all_gradients_runs_by_itself() -> None:
 
     graph = trace(clipped, *of_update(2048)).graph
     assert all(t.update is None for t in fuse(graph, "tpu", NONE).traffic)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**16))
+def test_a_problem_counts_updates_as_its_plan_does(seed: int) -> None:
+    """The problem counts whole picoseconds, so each of its entries may be off by one."""
+    graph = trace(two_updates, *of_two_updates()).graph
+    on, mesh, rng = autoshard.cluster("v5e:2x2"), Mesh(("data", "model"), (2, 2)), Random(seed)
+    fusion = fuse(graph, on.platform, NONE)
+    assert sum(t.update is not None for t in fusion.traffic) == 2
+    live, decisions = liveness(graph, fusion.stored), decide(graph, ())
+    priced = price(graph, mesh, on, decisions, live, fusion, None)
+    problem = priced.problem
+    choice = [0] * len(problem.nodes)
+    for node in rng.choices(range(len(choice)), k=4 * len(choice)):
+        before, choice[node] = choice[node], rng.randrange(len(problem.nodes[node].costs))
+        if problem.cost(choice) >= INFINITY:
+            choice[node] = before
+    entries = len(problem.nodes) + len(problem.edges) + len(graph.ops)
+    said = problem.cost(choice) / 1e12 + priced.constant
+    assert cost_of(priced, choice).step_time == pytest.approx(said, abs=entries * 2e-12)
+
+
+def two_updates(x: Any, w: Any, v: Any, m: Any, n: Any) -> Any:
+    """A step of two layers, with momentum."""
+
+    def loss(w: Any, v: Any) -> Any:
+        return (jnp.tanh(x @ w) @ v).astype(F32).sum()
+
+    of_w, of_v = jax.grad(loss, (0, 1))(w, v)
+    m, n = 0.9 * m + of_w, 0.9 * n + of_v
+    return w - 0.1 * m, v - 0.1 * n, m, n
+
+
+def of_two_updates() -> tuple[jax.ShapeDtypeStruct, ...]:
+    w, v = array(512, 2048, dtype=F32), array(2048, 512, dtype=F32)
+    return array(1024, 512), w, v, w, v
