@@ -70,9 +70,12 @@ def update_groups(program: Program, homes: Mapping[int, int], apart: Stacked) ->
     for (_, stage), own in sorted(groups.items(), key=lambda item: item[0]):
         outs = [p for e in own for p in e.outs if p in wanted]
         out.append(_group(program, stage, own, outs, free, homes, arguments))
-    rest = [p for p in results if p not in made_in]
-    if rest:
-        out.append(_group(program, 0, [], list(dict.fromkeys(rest)), free, homes, arguments))
+    rest: dict[int, list[int]] = {}
+    for p in dict.fromkeys(results):
+        if p not in made_in:  # a sum of the loop stays where it lies
+            rest.setdefault(homes.get(p, 0), []).append(p)
+    for stage, given in sorted(rest.items()):
+        out.append(_group(program, stage, [], given, free, homes, arguments))
     return tuple(out)
 
 

@@ -15,7 +15,7 @@ from autoshard.parallelized import Parallelized
 from autoshard.pipelined import OUTER
 from autoshard.remat import checked as checked_remat
 from autoshard.remat import rematable, rematerialized
-from autoshard.stages_wanted import checked_stages, plan_stages
+from autoshard.stages_wanted import checked_stages, plan_stages, with_stages
 from autoshard.state import state_pairs
 from autoshard.time_axes import sized
 from autoshard.time_wanted import axes_over, check_names, of_pipeline
@@ -222,6 +222,7 @@ def _pipelined(
     wishes: Wishes,
 ) -> Plan:
     """The plan of a pipeline."""
+    wishes = dataclasses.replace(wishes, mesh=with_stages(wishes.mesh, wishes.stages))
     fixed = wishes.mesh_on(hardware)
     check_names(wishes.time, OUTER if fixed is None else (*OUTER, *fixed.names))
     traced = traced_for(fn, args, kwargs, jit_options)
@@ -241,7 +242,7 @@ def _pipelined(
         schedule=wishes.schedule,
         chunks=wishes.chunks,
         shared_update=wishes.shared_update,
-        mesh=wishes.mesh,
+        mesh=None if fixed is None else fixed.as_dict(),
         hints={**own, **(wishes.hints or {})},
         limit=wishes.limit,
         solver=wishes.solver,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from autoshard.pipeline_costs import Pipeline
 from autoshard.pipeline_search import Searched
 from autoshard.stage_prices import Exchanged
+from autoshard.time_axes import kept_out
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes
@@ -82,6 +83,7 @@ def as_plan(
         alternatives=tuple(_alternatives(found)),
         notes=(
             *_over(traced, over, form.steps),
+            *_after(best, over),
             *_notes(found),
             *_shared(best),
             *_in_pieces(best),
@@ -95,6 +97,15 @@ def _over(traced: Traced, axis: TimeAxis, steps: int) -> list[str]:
     """What hints say that the microbatches are of."""
     over = dims_text(traced.graph, axis.dims)
     return [f"{axis.name}={steps} runs over {over}, the microbatches of all groups"] * bool(over)
+
+
+def _after(pipeline: Pipeline, over: TimeAxis) -> list[str]:
+    """What no schedule can do in microbatches, and why."""
+    loop = pipeline.cut.staged.loop
+    return [
+        f"{1 - loop.share:.0%} of the FLOPs come after all microbatches, for which they wait: {why}"
+        for why in kept_out(over, loop)
+    ]
 
 
 def cost_of(pipeline: Pipeline) -> Cost:

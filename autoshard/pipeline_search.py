@@ -32,7 +32,7 @@ from cost_models.roofline import peak_flops
 from cost_models.units import format_bytes, format_seconds
 from passes.ir.mesh import Mesh
 from passes.microbatch_loop import NoTimeLoop
-from passes.pipeline.published import published
+from passes.pipeline.published import chunks_of, published
 from passes.pipeline.schedule import ScheduleError
 from passes.search import NoFeasiblePlan, Progress
 from passes.stages import NoStages
@@ -60,7 +60,8 @@ class Wanted:
 
     mesh: of a group, with its axes' names. samples: of the batch. layers: most pieces that the
     model can be cut into. flops: of a step. state: bytes of arguments that lie on devices; read: of
-    those that tasks read, which each group has as a whole.
+    those that tasks read, which each group has as a whole. found: ends a sentence about the batch,
+    where it was found and not given.
     """
 
     devices: int
@@ -76,6 +77,7 @@ class Wanted:
     schedule: str | None = None
     chunks: int | None = None
     axes: tuple[str, ...] = ("model",)
+    found: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,8 @@ def _microbatches(wanted: Wanted, groups: int, stages: int) -> list[int]:
 def _schedules(wanted: Wanted, stages: int, microbatches: int) -> Iterator[tuple[str, int]]:
     """Names of schedules with their chunks."""
     if wanted.schedule is not None:
-        asked = published(wanted.schedule)
-        pieces = asked.pieces
-        default = 2 if pieces is None else pieces // asked.ways
-        yield wanted.schedule, (wanted.chunks or default) if pieces is None else default
+        fixed = chunks_of(published(wanted.schedule))
+        yield wanted.schedule, fixed or wanted.chunks or 2
         return
     chunks = [wanted.chunks] if wanted.chunks else [1, *_CHUNKS]
     if 1 in chunks:
@@ -274,7 +274,7 @@ def _nothing(
 ) -> Exception:
     """Why there is no pipeline, and what would be the nearest."""
     if not refused:
-        return _why_none(wanted)
+        return _why_none(wanted, costs.limit)
     if costs.least is None:
         return refused[0][2]
     needed, what = costs.least
@@ -284,7 +284,7 @@ def _nothing(
     )
 
 
-def _why_none(wanted: Wanted) -> Exception:
+def _why_none(wanted: Wanted, limit: float) -> Exception:
     """What stands in the way, with the nearest that does not."""
 
     def nearest(wish: int, fits: Callable[[int], bool], most: int) -> int:
@@ -309,7 +309,7 @@ def _why_none(wanted: Wanted) -> Exception:
         near = nearest(groups, lambda n: wanted.samples % n == 0, wanted.samples)
         return NoTimeLoop(
             f"a batch of {wanted.samples} can not be shared by {groups} data-parallel groups; the "
-            f"nearest number that divides it is {near}"
+            f"nearest number that divides it is {near}{wanted.found}"
         )
     each = wanted.samples // groups
     if m and each % m:
@@ -317,12 +317,19 @@ def _why_none(wanted: Wanted) -> Exception:
         of = f"a batch of {wanted.samples}" + (f" over {groups} groups" if groups > 1 else "")
         return NoTimeLoop(
             f"{of} can not be cut into {m} microbatches; the nearest number that divides it is "
-            f"{near}"
+            f"{near}{wanted.found}"
+        )
+    if stages and m and wanted.chunks and not list(_schedules(wanted, stages, m)):
+        near = max(stages, round(m / stages) * stages)
+        return ScheduleError(
+            f"{wanted.chunks} chunks on {stages} stages take a multiple of {stages} microbatches, "
+            f"not {m}; the nearest is {near}"
         )
     least = wanted.state / wanted.devices
     return NoFeasiblePlan(
-        f"no pipeline fits: state of {format_bytes(wanted.state)}, {format_bytes(least)} per "
-        f"device at least, and a batch of {wanted.samples} over {wanted.devices} devices"
+        f"no pipeline fits in {format_bytes(limit)} per device: state of "
+        f"{format_bytes(wanted.state)}, {format_bytes(least)} per device at least, and a batch of "
+        f"{wanted.samples} over {wanted.devices} devices"
     )
 
 

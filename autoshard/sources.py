@@ -41,6 +41,8 @@ def source_of(source_info: Any, caller: str = "") -> str:
         return caller
     text = summarize(source_info)
     place, _, function = text.partition(" ")
+    if os.path.dirname(os.path.abspath(place)) == _HERE:
+        return ""  # autoshard added it, for no line of the user's
     parts = os.path.basename(place).split(":")
     return ":".join(parts[:2]) + (f" {function}" if function else "")
 

@@ -92,9 +92,11 @@ def stage_step(
 
     def whole(p: int) -> jax.ShapeDtypeStruct:
         aval = program.avals[p]
-        split = isinstance(program.views[p], Split)
         shape = over.local(p, aval.shape) if p in over.rest else aval.shape
-        return local(p) if split else jax.ShapeDtypeStruct(shape, aval.dtype)
+        return jax.ShapeDtypeStruct(shape, aval.dtype)
+
+    def sent_late(p: int) -> jax.ShapeDtypeStruct:
+        return local(p) if isinstance(program.views[p], Split) else whole(p)
 
     kept = [p for t in own for p in t.outs if p in sent or (p in made.after and p not in t.sums)]
 
@@ -129,7 +131,7 @@ def stage_step(
         return [*(found[p] for p in sent), *_updated(program, mine, over, env, found)]
 
     names = [*map(whole, arguments), *map(of_part, parts), *map(local, arrivals)]
-    avals = (*names, *map(whole, late))
+    avals = (*names, *map(sent_late, late))
     return StageStep(
         stage,
         tuple(own),

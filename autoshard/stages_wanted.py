@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import gcd
-from typing import Any
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from autoshard.pipeline_costs import PipelineCosts
 from autoshard.pipeline_data import as_plan
 from autoshard.pipeline_search import Wanted, search_pipelines
 from autoshard.pipelined import OUTER, PipelinedPlan
 from autoshard.scan_pieces import layers_of
-from autoshard.time_axes import AUTO, BATCH, begun, lengths, loop_over
+from autoshard.time_axes import AUTO, BATCH, batch_of, begun, lengths, loop_over
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from passes.hints import hints_for
 from passes.ir.mesh import Mesh, MeshError
 from passes.ir.plan import TimeAxis
 from passes.meshes import names_of
-from passes.microbatch_loop import NoTimeLoop
-from passes.pipeline.published import published
+from passes.microbatch_loop import NoTimeLoop, found_batch
+from passes.pipeline.published import PUBLISHED, SEARCHED, chunks_of, published
+from passes.pipeline.schedule import ScheduleError
 from passes.search import Progress
 from passes.time_hints import over_devices
 from passes.time_loop import unit_path
@@ -32,9 +35,57 @@ def checked_stages(stages: object) -> int | None:
     """The number of stages that was asked for; None for "auto"."""
     if stages == "auto":
         return None
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+    if not _is_count(stages):
         raise ValueError(f"stages is a whole number from 1 on, or 'auto', not {stages!r}")
-    return stages
+    return int(stages)
+
+
+def checked_chunks(chunks: object, schedule: str | None) -> int | None:
+    """The pieces per stage that were asked for. schedule: the name of the one that is wanted.
+
+    Raises ValueError for no number, and ScheduleError where the schedule has another.
+    """
+    if chunks is None:
+        return None
+    if not _is_count(chunks):
+        raise ValueError(f"chunks is a whole number from 1 on, not {chunks!r}")
+    fixed = None if schedule is None else chunks_of(published(schedule))
+    if fixed not in (None, chunks):
+        open_to_any = " and ".join(p.name for p in PUBLISHED if chunks_of(p) is None)
+        raise ScheduleError(
+            f"{schedule} has {fixed} chunk{'s' * (fixed > 1)} per stage, not {chunks}: leave chunks"
+            f" out, or choose {open_to_any}, of any number of chunks"
+        )
+    return int(chunks)
+
+
+def checked_schedule(schedule: object) -> str | None:
+    """The name of the schedule that was asked for; None where any will do."""
+    if schedule is None:
+        return None
+    if not isinstance(schedule, str):
+        raise TypeError(f"schedule is the name of one, such as '1F1B', not {schedule!r}")
+    name = published(schedule).name
+    return None if name == SEARCHED else name
+
+
+def checked_shared_update(shared: object) -> bool | None:
+    """Whether groups are to share the update; None for where that is as good."""
+    if shared is not None and not isinstance(shared, bool):
+        raise TypeError(f"shared_update is True, False or None, not {shared!r}")
+    return shared
+
+
+def with_stages(mesh: object, stages: object) -> Any:
+    """The mesh that was asked for, with the number of stages where that stands beside it only."""
+    if isinstance(mesh, Mapping) and mesh and "stage" not in mesh and _is_count(stages):
+        return {"stage": stages, **mesh}
+    return mesh
+
+
+def _is_count(x: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 1 on; numpy's too, so that it may be computed."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) > 0
 
 
 def plan_stages(
@@ -62,7 +113,9 @@ def plan_stages(
 
     Raises NoFeasiblePlan, NoStages, NoTimeLoop, ScheduleError, HintError.
     """
-    name = None if schedule in (None, "auto") else published(str(schedule)).name
+    name = checked_schedule(schedule)
+    chunks = checked_chunks(chunks, name)
+    shared_update = checked_shared_update(shared_update)
     most = cluster.memory_limit if limit is None else limit
     wanted = _wanted(traced, cluster, mesh, hints or {}, over)
     asked = {"stages": stages, "schedule": name, "chunks": chunks}
@@ -95,7 +148,8 @@ def _wanted(
     if not sizes:
         raise NoTimeLoop(
             f"{graph.name} has no batch dimension: no leading dim of an input splits its "
-            "operations, so that nothing can run in microbatches"
+            "operations, so that nothing can run in microbatches; where the batch is another dim, "
+            "hints say so, such as hints={'x': P(None, 'micro')}"
         )
     flops = sum(op.rule.flops * graph.trips(op.region) for op in graph.ops)
     state = float(sum(graph.values[v].type.nbytes for v in graph.inputs))
@@ -111,6 +165,8 @@ def _wanted(
         }
     samples = gcd(*sizes)
     read = _read(traced, samples, over)
+    if not over.dims:
+        fixed["found"] = found_batch(graph, batch_of(traced))
     return Wanted(cluster.devices, samples, _layers(traced), flops, state, read, **fixed)
 
 

@@ -90,14 +90,20 @@ def _notes(axis: TimeAxis, loop: TimeLoop) -> tuple[str, ...]:
     notes = [
         f"{axis.name}={axis.size} runs over {what}: {loop.share:.0%} of the FLOPs run in steps"
     ]
-    if loop.couplings and loop.share < _MOSTLY:
-        said = dims_text(graph, axis.dims) if axis.dims else "the batch"
-        notes.append(f"the rest waits for all of them: {coupled(loop, loop.couplings[0], said)}")
+    notes += [f"the rest waits for all of them: {why}" for why in kept_out(axis, loop)]
     if loop.ahead:
         op = graph.ops[loop.ahead[-1]]
         whole = "of the whole batch" if not axis.dims else "as a whole"
         notes.append(f"{op.name} at {op.source} is computed ahead, {whole}")
     return tuple(notes)
+
+
+def kept_out(axis: TimeAxis, loop: TimeLoop) -> tuple[str, ...]:
+    """What keeps a large part of a function out of the loop, if anything does."""
+    if not loop.couplings or loop.share >= _MOSTLY:
+        return ()
+    said = dims_text(loop.graph, axis.dims) if axis.dims else "the batch"
+    return (coupled(loop, loop.couplings[0], said),)
 
 
 def batch_of(traced: Traced) -> tuple[int, ...]:

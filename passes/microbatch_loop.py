@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from passes.hints import path_of
 from passes.ir.graph import Graph, Op
 from passes.time_axis import Split
 from passes.time_loop import Coupling, Path, TimeLoop, time_loop
@@ -29,16 +30,34 @@ def microbatch_loop(
     if any(n % steps for n in sizes):
         fit = [k for k in range(1, min(sizes) + 1) if all(n % k == 0 for n in sizes)]
         near = min(fit, key=lambda k: (abs(k - steps), k))
-        names = ", ".join(graph.values[v].name or str(graph.values[v].type) for v in batch[:3])
+        names = ", ".join(_called(graph, v) for v in batch[:3])
         raise NoTimeLoop(
             f"a batch of {', '.join(map(str, sorted(sizes)))} ({names}) can not be cut into "
             f"{steps} microbatches; the nearest number that divides it is {near}"
+            f"{found_batch(graph, batch)}"
         )
     found = time_loop(graph, {v: Split(0, 1) for v in batch}, steps, deciders)
     if not found.share:
         why = f": {coupled(found, found.couplings[0])}" if found.couplings else ""
-        raise NoTimeLoop(f"nothing of {graph.name} can run in microbatches{why}")
+        raise NoTimeLoop(
+            f"nothing of {graph.name} can run in microbatches{why}{found_batch(graph, batch)}"
+        )
     return found
+
+
+def found_batch(graph: Graph, batch: Sequence[int]) -> str:
+    """Which dims were taken for the batch, and how hints name others; to end a sentence."""
+    if not batch:
+        return ""
+    names = ", ".join(_called(graph, v) for v in batch[:3]) + ", ..." * (len(batch) > 3)
+    return (
+        f" (dim 0 of {names} was found to be the batch; where it is another one, hints say so: "
+        f"hints={{{_called(graph, batch[0])!r}: P(None, 'micro')}})"
+    )
+
+
+def _called(graph: Graph, v: int) -> str:
+    return path_of(graph.values[v].name) or str(graph.values[v].type)
 
 
 def coupled(loop: TimeLoop, coupling: Coupling, over: str = "the batch") -> str:

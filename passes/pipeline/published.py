@@ -26,6 +26,7 @@ from passes.pipeline.stage_costs import StageCosts, even
 from passes.pipeline.timeline import Timeline, simulate
 
 _LEAST_WORK, _MOST_WORK = 1e-100, 1e100
+SEARCHED = "auto"  # the name of what is the best for the costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ class Setting:
             raise ScheduleError(
                 f"W needs {self.kept:g} of the activations; that is a part of them, from 0 to 1"
             )
-        if self.limit is not None and not self.limit > 0:
-            raise ScheduleError(f"a memory limit is a number above 0, not {self.limit:g}")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise ScheduleError(f"a memory limit is a finite number above 0, not {self.limit:g}")
 
     @property
     def over_host_link(self) -> float:
@@ -173,7 +174,7 @@ PUBLISHED = (
         lambda s: offload.pipe_offload(s.devices, s.microbatches, s.chunks, s.costs(s.chunks)),
         pieces=None,
     ),
-    Published("auto", _best),
+    Published(SEARCHED, _best),
 )
 
 
@@ -190,6 +191,11 @@ class Made:
     timeline: Timeline | None
     reason: str = ""
     bound: float | None = None
+
+
+def chunks_of(schedule: Published) -> int | None:
+    """How many pieces of the model a device has in each direction; None where that is open."""
+    return None if schedule.pieces is None else schedule.pieces // schedule.ways
 
 
 def published(name: str) -> Published:

@@ -160,10 +160,64 @@ def test_gradients_are_summed_over_groups_once() -> None:
     assert max(few.data.tails) == pytest.approx(max(many.data.tails), rel=0.01)
 
 
+def classifier(params: Any, images: Any, labels: Any, normed: bool = False) -> tuple[Any, Any, Any]:
+    """A step of dense layers that also counts right answers; normed: over the whole batch."""
+
+    def loss(params: Any) -> Any:
+        x = images
+        for w in params:
+            x = jnp.tanh(x @ w)
+            x = (x - x.mean(0)) / (0.1 + x.std(0)) if normed else x
+        picked = jnp.take_along_axis(jax.nn.log_softmax(x), labels[:, None], 1)
+        return -picked.mean(), (x.argmax(1) == labels).sum()
+
+    (value, right), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), value, right
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_metric_and_a_norm_over_the_batch(normed: bool) -> None:
+    """A sum of the loop that is a result as it is; a batch norm, after which all has to wait."""
+    rng = np.random.default_rng(1)
+    weights = [rng.standard_normal((8, 8)).astype(np.float32) for _ in range(4)]
+    images = rng.standard_normal((16, 8)).astype(np.float32)
+    args = weights, images, rng.integers(0, 8, 16).astype(np.int32)
+    fn = partial(classifier, normed=normed)
+    form = {"stages": 2, "mesh": {"data": 2}, "microbatches": 4, "schedule": "1F1B"}
+    plan = pipelined(fn, *args, cluster="cpu:4", **form)
+    assert any("come after all microbatches" in note for note in plan.data.notes) == normed
+    got = jax.tree.leaves(plan.compile()(*args))
+    assert worst(got, jax.tree.leaves(jax.jit(fn)(*args))) < 1e-4
+
+
+def test_a_mesh_need_not_repeat_the_number_of_stages() -> None:
+    fn, args = small()
+    asked = partial(pipelined, fn, *args, stages=np.int64(2), microbatches=4, schedule="1F1B")
+    inside, whole = {"data": 2, "model": 2}, {"stage": 2, "data": np.int64(2), "model": 2}
+    assert asked(mesh=inside).to_json() == asked(mesh=whole).to_json()
+
+
+def test_a_batch_that_is_not_found_is_to_be_hinted() -> None:
+    def step(w: Any, x: Any) -> Any:  # x: [time, batch, width]
+        def loss(w: Any) -> Any:
+            start = jnp.zeros(x.shape[1:])
+            return (jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ w), None), start, x)[0] ** 2).mean()
+
+        return w - 0.1 * jax.grad(loss)(w)
+
+    shapes = np.zeros((8, 8), np.float32), np.zeros((6, 16, 8), np.float32)
+    with pytest.raises(NoTimeLoop, match=r"batch is another dim, hints say so.*'micro'\)"):
+        pipelined(step, *shapes, stages=2, microbatches=3, donate_argnums=0)
+
+
 BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "more stages than layers": (NoStages, "4 at most", {"stages": 8}),
     "stages that do not divide": (NoStages, "can not share 8 devices evenly; 2 can", {"stages": 3}),
-    "microbatches": (NoTimeLoop, "nearest number that divides it is 4", {"microbatches": 5}),
+    "microbatches": (
+        NoTimeLoop,
+        "it is 4 .dim 0 of .* was found to be the batch",
+        {"microbatches": 5},
+    ),
     "pieces": (
         NoStages,
         "ZB-V on 4 stages is 8 pieces.* 4 at most; 2 stages can",
@@ -181,6 +235,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"cluster": "h100:6", "mesh": {"stage": 2, "data": 3}},
     ),
     "memory": (NoFeasiblePlan, "MiB|KiB", {"memory_limit": "300KiB"}),
+    "no memory": (NoFeasiblePlan, "no pipeline fits in 0 B per device", {"memory_limit": 0}),
     "no schedule": (ScheduleError, "no schedule is called 'zb-h9'", {"schedule": "zb-h9"}),
     "not a multiple": (
         ScheduleError,
@@ -188,19 +243,48 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"stages": 2, "schedule": "interleaved 1F1B", "microbatches": 1},
     ),
     "no number": (ValueError, "stages is a whole number", {"stages": 0}),
+    "no number of chunks": (
+        ValueError,
+        "chunks is a whole number from 1 on, not -2",
+        {"schedule": "interleaved 1F1B", "chunks": -2},
+    ),
+    "half a chunk": (ValueError, "whole number from 1 on, not 1.5", {"chunks": 1.5}),
+    "chunks of another schedule": (
+        ScheduleError,
+        "ZB-V has 2 chunks per stage, not 3: leave chunks out, or choose interleaved 1F1B and Pipe",
+        {"schedule": "zbv", "chunks": 3},
+    ),
+    "microbatches of chunks": (
+        ScheduleError,
+        "3 chunks on 2 stages take a multiple of 2 microbatches, not 1; the nearest is 2",
+        {"chunks": 3, "microbatches": 1, "layers": 6},
+    ),
+    "no name of a schedule": (TypeError, "schedule is the name of one", {"schedule": ["1F1B"]}),
+    "neither true nor false": (
+        TypeError,
+        "shared_update is True, False or None, not 'yes'",
+        {"shared_update": "yes"},
+    ),
+    "a mesh beside the stages": (
+        ValueError,
+        "mesh stage=2 model=8 has 16 devices",
+        {"mesh": {"model": 8}},
+    ),
     "two numbers of stages": (MeshError, "axis stage=4", {"mesh": {"stage": 4, "data": 2}}),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_can_not_be_is_refused_in_words(what: str) -> None:
-    fn, args = small()
     kind, words, options = BAD[what]
+    fn, args = small(layers=options.get("layers", 4))
+    options = {k: v for k, v in options.items() if k != "layers"}
     with pytest.raises(kind, match=words) as caught:
         pipelined(fn, *args, **{"stages": 2, **options})
     told = failure(caught.value)
     assert told.code in (NO_PLAN, USER)
     assert told.sentence == str(caught.value)
+    assert "stage_step.py" not in told.sentence  # lines of the user's only
 
 
 def test_a_function_without_a_batch() -> None:
