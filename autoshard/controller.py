@@ -310,7 +310,10 @@ class Controller:
             found.update(zip(group.outs, outs, strict=True))
         for p, parts in self.made.stacked.joins.items():
             found[p] = put_together([found[q] for q in parts])
-        return [p.val if isinstance(p, Literal) else found[p] for p in self.program.outputs]
+        return [
+            jnp.asarray(p.val, p.aval.dtype) if isinstance(p, Literal) else found[p]
+            for p in self.program.outputs
+        ]
 
     def _made(self, p: int, state: Sequence[Sequence[_OnStage]], shelf: Shelf) -> list[Any]:
         """What the loop has made for a place: sums of each direction, or values of each step."""

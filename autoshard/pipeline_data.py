@@ -8,7 +8,7 @@ from dataclasses import replace
 from autoshard.pipeline_costs import Pipeline
 from autoshard.pipeline_search import Searched
 from autoshard.stage_prices import Exchanged
-from autoshard.time_axes import kept_out
+from autoshard.time_axes import MOSTLY, kept_out
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes
@@ -83,7 +83,7 @@ def as_plan(
         alternatives=tuple(_alternatives(found)),
         notes=(
             *_over(traced, over, form.steps),
-            *_after(best, over),
+            *_outside(best, over),
             *_notes(found),
             *_shared(best),
             *_in_pieces(best),
@@ -99,12 +99,14 @@ def _over(traced: Traced, axis: TimeAxis, steps: int) -> list[str]:
     return [f"{axis.name}={steps} runs over {over}, the microbatches of all groups"] * bool(over)
 
 
-def _after(pipeline: Pipeline, over: TimeAxis) -> list[str]:
+def _outside(pipeline: Pipeline, over: TimeAxis) -> list[str]:
     """What no schedule can do in microbatches, and why."""
     loop = pipeline.cut.staged.loop
+    if loop.share >= MOSTLY or not (loop.couplings or loop.ahead):
+        return []
     return [
-        f"{1 - loop.share:.0%} of the FLOPs come after all microbatches, for which they wait: {why}"
-        for why in kept_out(over, loop)
+        f"{1 - loop.share:.0%} of the FLOPs run before or after all microbatches, and no schedule "
+        f"spreads them: {kept_out(over, loop)}"
     ]
 
 

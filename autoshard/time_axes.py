@@ -28,7 +28,7 @@ from passes.time_loop import TimeLoop
 P = TypeVar("P")
 
 AUTO = 0  # the size of a time axis that is to be found
-_MOSTLY = 0.9  # of the FLOPs: with less in the loop, what keeps the rest out is worth a note
+MOSTLY = 0.9  # of the FLOPs: with less in the loop, what keeps the rest out is worth a note
 
 
 BATCH = TimeAxis("micro", AUTO)  # over the batch that is found
@@ -90,20 +90,30 @@ def _notes(axis: TimeAxis, loop: TimeLoop) -> tuple[str, ...]:
     notes = [
         f"{axis.name}={axis.size} runs over {what}: {loop.share:.0%} of the FLOPs run in steps"
     ]
-    notes += [f"the rest waits for all of them: {why}" for why in kept_out(axis, loop)]
+    if loop.couplings and loop.share < MOSTLY:
+        notes.append(f"the rest waits for all of them: {first_coupled(axis, loop)}")
     if loop.ahead:
-        op = graph.ops[loop.ahead[-1]]
-        whole = "of the whole batch" if not axis.dims else "as a whole"
-        notes.append(f"{op.name} at {op.source} is computed ahead, {whole}")
+        notes.append(last_ahead(axis, loop))
     return tuple(notes)
 
 
-def kept_out(axis: TimeAxis, loop: TimeLoop) -> tuple[str, ...]:
-    """What keeps a large part of a function out of the loop, if anything does."""
-    if not loop.couplings or loop.share >= _MOSTLY:
-        return ()
-    said = dims_text(loop.graph, axis.dims) if axis.dims else "the batch"
-    return (coupled(loop, loop.couplings[0], said),)
+def kept_out(axis: TimeAxis, loop: TimeLoop) -> str:
+    """What keeps part of a function out of the loop, where something does."""
+    return first_coupled(axis, loop) if loop.couplings else last_ahead(axis, loop)
+
+
+def first_coupled(axis: TimeAxis, loop: TimeLoop) -> str:
+    """Where parts of what the axis runs over need the whole, first."""
+    return coupled(
+        loop, loop.couplings[0], dims_text(loop.graph, axis.dims) if axis.dims else "the batch"
+    )
+
+
+def last_ahead(axis: TimeAxis, loop: TimeLoop) -> str:
+    """What is computed ahead, for those that need all of it."""
+    op = loop.graph.ops[loop.ahead[-1]]
+    whole = "as a whole" if axis.dims else "of the whole batch"
+    return f"{op.name} at {op.source} is computed ahead, {whole}"
 
 
 def batch_of(traced: Traced) -> tuple[int, ...]:

@@ -73,8 +73,7 @@ def stages_of(
     Raises NoStages where there are fewer equations than stages.
     """
     units = _units(loop, weights)
-    forward = [u for u in units if u.path not in backward]
-    back = [u for u in units if u.path in backward]
+    forward, back = _both_halves(units, backward)
     stage = _cut(loop, forward, back, count)
     placed = {v.id for v in loop.graph.values if v.type.size > 1 and v.kind != "literal"}
     _follow(forward, back, stage, count, placed)
@@ -83,6 +82,24 @@ def stages_of(
     for u in units:
         flops[stage[u.path]][kind[u.path]] += u.flops
     return Stages(count, stage, kind, tuple(flops))
+
+
+def _both_halves(
+    units: Sequence[_Unit], backward: Collection[Path]
+) -> tuple[list[_Unit], list[_Unit]]:
+    """Forward and backward equations. What is made of a gradient is backward, too: the norm of one
+
+    sample's gradient, or a penalty of it and the gradient of that.
+    """
+    forward, back = list[_Unit](), list[_Unit]()
+    gradients: set[int] = set()
+    for u in units:
+        if u.path in backward or not gradients.isdisjoint(u.inputs):
+            back.append(u)
+            gradients.update(u.outputs)
+        else:
+            forward.append(u)
+    return forward, back
 
 
 def _units(loop: TimeLoop, weights: Sequence[float] | None) -> list[_Unit]:
