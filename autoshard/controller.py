@@ -311,8 +311,7 @@ class Controller:
         for p, parts in self.made.stacked.joins.items():
             found[p] = put_together([found[q] for q in parts])
         return [
-            jnp.asarray(p.val, p.aval.dtype) if isinstance(p, Literal) else found[p]
-            for p in self.program.outputs
+            jnp.asarray(p.val) if isinstance(p, Literal) else found[p] for p in self.program.outputs
         ]
 
     def _made(self, p: int, state: Sequence[Sequence[_OnStage]], shelf: Shelf) -> list[Any]:
