@@ -168,8 +168,10 @@ program, and writes this page. The programs are in `tests/accuracy/*_programs.py
 A plan is compiled with the options that it carries. Those for v5p and v6e have XLA gather weights
 beside compute, as it does by itself for v5e.
 
-* **Memory** is the fullest moment of one device, as XLA's buffer assignment has it. Where the
-  program does not fit, it is what the compiler says that it wanted.
+* **Memory** is the fullest moment of one device, as XLA's buffer assignment has it
+  (`peak_memory_in_bytes`). Where the program does not fit, it is what the compiler says that it
+  wanted. XLA:TPU counts its VMEM there where that holds more than the HBM beside arguments and
+  results: up to 128 MiB that the HBM need not have.
 * **Compute** is the sum of XLA:TPU's own estimated cycles, loops times their trips. XLA:GPU
   estimates none. For v6e it counts no traffic of a product's kernel that also reduces: up to two
   times faster than the memory can be. Predictions stay with what the memory can move.
@@ -186,9 +188,9 @@ _STRANGERS = """
 ## Programs that no constant was fitted to
 
 Of those above, the plans of library_programs.py (flax, haiku, equinox) and further_programs.py. All
-constants but four were chosen without them; how much stays in VMEM (of operands, and of what takes
-no HBM), when tables are laid anew, and how much longer products of two computed operands take, over
-their plans too. Rules of what XLA fuses, keeps, and in which order it works, were found by looking
+constants but four were chosen without them; how much stays in VMEM (of operands, of results, and
+of what takes no HBM), and how much longer products of two computed operands take, over their plans
+too. Rules of what XLA fuses, keeps, and in which order it works, were found by looking
 at some of them, for v5e, v5p, v6e and H100.
 """
 
