@@ -7,17 +7,26 @@ from dataclasses import replace
 
 from autoshard.pipeline_costs import Pipeline
 from autoshard.pipeline_search import Searched
-from autoshard.stage_prices import Exchanged
+from autoshard.stage_prices import GROUPS, Exchanged
 from autoshard.time_axes import MOSTLY, kept_out
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from cost_models.units import format_bytes
 from passes.dims_loop import dims_text
+from passes.ir.graph import Graph, Hint
 from passes.ir.pipeline_plan import Piece, PipelinePlan, Table
 from passes.ir.plan import Alternative, Cost, Plan, TimeAxis, fingerprint, signature_of
 from passes.pipeline.schedule import Place, Schedule, Task, Transfer
 from passes.pipeline.stage_costs import StageCosts
 from passes.pipeline.timeline import Timeline, simulate
+from passes.time_loop import TimeLoop
+
+# What becomes of hints over the axes outside a stage, but for those that split a batch.
+_WHY = {
+    "stage": "decides nothing: a stage holds the layers that it runs",
+    GROUPS: "is not followed: every group holds all weights of its stages; shared_update=True "
+    "splits the optimizer's state over the groups",
+}
 
 
 def as_plan(
@@ -27,9 +36,10 @@ def as_plan(
     limit: float,
     fused_attention: bool,
     over: TimeAxis,
+    hints: Sequence[Hint],
 ) -> PipelinePlan:
     """The plan of the best pipeline. traced: the function as the user wrote it. over: the axis of
-    its microbatches, whatever its size.
+    its microbatches, whatever its size. hints: what was asked of the values of `traced`.
     """
     best, form = found.best, found.best.form
     plans: list[Plan] = []
@@ -83,6 +93,7 @@ def as_plan(
         alternatives=tuple(_alternatives(found)),
         notes=(
             *_over(traced, over, form.steps),
+            *_left_out(traced.graph, hints, best.cut.staged.loop),
             *_outside(best, over),
             *_notes(found),
             *_shared(best),
@@ -97,6 +108,18 @@ def _over(traced: Traced, axis: TimeAxis, steps: int) -> list[str]:
     """What hints say that the microbatches are of."""
     over = dims_text(traced.graph, axis.dims)
     return [f"{axis.name}={steps} runs over {over}, the microbatches of all groups"] * bool(over)
+
+
+def _left_out(graph: Graph, hints: Sequence[Hint], loop: TimeLoop) -> list[str]:
+    """What is asked of arguments over axes that no stage splits them over."""
+    split = dict(zip(graph.inputs, map(loop.seeds.get, loop.graph.inputs), strict=False))
+    said: dict[tuple[str, str], None] = {}
+    for hint in (h for h in hints if h.value in split):
+        part = split[hint.value]
+        for dim, axes in enumerate(hint.dims):
+            batch = part is not None and part.dim == dim
+            said |= {(a, hint.origin): None for a in axes or () if a in _WHY and not batch}
+    return [f"{axis!r} in {origin} {_WHY[axis]}" for axis, origin in said]
 
 
 def _outside(pipeline: Pipeline, over: TimeAxis) -> list[str]:

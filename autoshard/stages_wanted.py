@@ -124,7 +124,8 @@ def plan_stages(
     call = fn, args, kwargs, options
     costs = PipelineCosts(*call, cluster, most, hints, fused_attention, solver, over, shared_update)
     found = search_pipelines(costs, _with(wanted, given), progress)
-    data = as_plan(found, traced, cluster, most, fused_attention, over)
+    asked_of = (*traced.graph.hints, *hints_for(traced.graph, hints or {}))
+    data = as_plan(found, traced, cluster, most, fused_attention, over, asked_of)
     return PipelinedPlan(data, found.best.cut)
 
 

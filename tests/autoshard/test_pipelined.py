@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from jax.sharding import PartitionSpec as P
 from pipeline_models import MODELS, filled, worst
 
 import autoshard
@@ -221,6 +222,21 @@ def test_a_mesh_need_not_repeat_the_number_of_stages() -> None:
     asked = partial(pipelined, fn, *args, stages=np.int64(2), microbatches=4, schedule="1F1B")
     inside, whole = {"data": 2, "model": 2}, {"stage": 2, "data": np.int64(2), "model": 2}
     assert asked(mesh=inside).to_json() == asked(mesh=whole).to_json()
+
+
+def test_hints_that_no_stage_follows_are_told() -> None:
+    fn, args = small()
+    mesh = {"data": 2, "model": 2}
+    asked = partial(pipelined, fn, *args, stages=2, mesh=mesh, microbatches=4)
+    wanted = {"state/params/**/w1": P("stage", "data", "model"), "batch": P("data")}
+    notes = asked(schedule="1F1B", hints=wanted).data.notes
+    said = [n for n in notes if "hints[" in n]
+    assert said == [
+        "'stage' in hints['state/params/**/w1'] decides nothing: a stage holds the layers that it "
+        "runs",
+        "'data' in hints['state/params/**/w1'] is not followed: every group holds all weights of "
+        "its stages; shared_update=True splits the optimizer's state over the groups",
+    ]
 
 
 def test_a_batch_that_is_not_found_is_to_be_hinted() -> None:
