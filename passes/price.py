@@ -420,12 +420,23 @@ class _Pricer:
         return out
 
     def apart(
-        self, op: Op, table: tuple[Strategy, ...], wants: tuple[Axes, ...], axes: tuple[Axes, ...]
+        self,
+        matrix: Costs,
+        op: Op,
+        table: tuple[Strategy, ...],
+        wants: tuple[Axes, ...],
+        axes: tuple[Axes, ...],
     ) -> Costs:
-        """What a product takes longer where its result is changed before it is read."""
-        more = np.round(self.compute(op, table, updates=False) - self.compute(op, table))
-        changed = np.array([[PARTIAL in w or w != a for a in axes] for w in wants])
-        return np.where(changed, more[:, None], 0.0)
+        """With what a product takes longer where its result is changed before it is read."""
+        at = id(self.fusion.traffic[op.id]), self.trips[op.region], op.id in self.kept.one_pass
+        key = ("apart", id(matrix), id(op.rule), id(table), id(wants), id(axes), *at)
+        if key not in self.cache:
+            more = np.round(self.compute(op, table, updates=False) - self.compute(op, table))
+            changed = np.array([[PARTIAL in w or w != a for a in axes] for w in wants])
+            longer = np.where(changed, more[:, None], 0.0)
+            self.cache[key] = np.minimum(matrix + longer, INFINITY)
+        out: Costs = self.cache[key]
+        return out
 
     # edges
 
@@ -476,7 +487,7 @@ class _Pricer:
             whole = self.graph.values[v].type.nbytes  # made, and summed, as it is
             matrix = self.table.matrix(wants, axes, self.kept.of_value[v], trips, whole)
             if self.fusion.traffic[op.id].update is not None:
-                matrix = np.minimum(matrix + self.apart(op, table, wants, axes), INFINITY)
+                matrix = self.apart(matrix, op, table, wants, axes)
         self.place(matrix, *((node, owner) if side == "operand" else (owner, node)), times)
 
     def place(self, matrix: Costs, u: int, v: int, times: int = 1) -> None:
@@ -498,6 +509,7 @@ class _Pricer:
     def multiple(self, matrix: Costs, times: int) -> Costs:
         key = ("multiple", id(matrix), times)
         if key not in self.cache:
-            self.cache[key] = np.where(matrix < INFINITY, matrix * times, INFINITY)
-        out: Costs = self.cache[key]
+            many = np.where(matrix < INFINITY, matrix * times, INFINITY)
+            self.cache[key] = many, matrix  # which stays alive, so that its id stays its
+        out: Costs = self.cache[key][0]
         return out

@@ -83,6 +83,28 @@ def test_elsewhere_nothing_is_left_of_an_annotation() -> None:
     assert "autoshard_annotate" not in kept(graph, annotated)
 
 
+def test_elsewhere_constants_are_spread_out_inside_a_loop() -> None:
+    """What a loop carries is there, and a mask is spread out before it, but not on TPU."""
+
+    def run(x: jax.Array, stack: jax.Array) -> jax.Array:
+        masked = jnp.broadcast_to(jnp.tril(jnp.ones((64, 64), bool)), (8, 64, 64))
+        low = jnp.full((8, 64, 64), -jnp.inf)
+
+        def layer(carry: Any, w: jax.Array) -> tuple[Any, None]:
+            x, held = carry
+            scores = jnp.where(masked, jnp.einsum("bqd,bkd->bqk", x @ w, x), low)
+            return (x + jax.nn.softmax(scores) @ x, held + scores.max()), None
+
+        return jax.lax.scan(layer, (x, jnp.zeros((8, 64, 64))), stack)[0][1]
+
+    graph = trace(run, f32(8, 64, 32), f32(3, 32, 32)).graph
+    entering = [op.inputs[0] for op in graph.ops if op.name == "loop_enter"]
+    spread = [v for v in entering if graph.values[v].type.shape == (8, 64, 64)]
+    assert [str(graph.values[v].type)[:4] for v in spread] == ["bool", "f32[", "f32["]
+    assert [fuse(graph, "gpu").stored[v] for v in spread] == [True, False, True]
+    assert [fuse(graph, "tpu").stored[v] for v in spread] == [False, False, False]
+
+
 def test_elsewhere_no_reduction_runs_in_a_products_kernel() -> None:
     def rows(x: Any, w: Any) -> Any:
         return jnp.max(x @ w, axis=-1)
