@@ -112,7 +112,7 @@ def _over(traced: Traced, axis: TimeAxis, steps: int) -> list[str]:
 
 def _left_out(graph: Graph, hints: Sequence[Hint], loop: TimeLoop) -> list[str]:
     """What is asked of arguments over axes that no stage splits them over."""
-    split = dict(zip(graph.inputs, map(loop.seeds.get, loop.graph.inputs), strict=False))
+    split = dict(zip(graph.inputs, map(loop.seeds.get, loop.graph.inputs), strict=True))
     said: dict[tuple[str, str], None] = {}
     for hint in (h for h in hints if h.value in split):
         part = split[hint.value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import gcd
 from typing import Any, TypeGuard
@@ -18,6 +18,7 @@ from autoshard.time_axes import AUTO, BATCH, batch_of, begun, lengths, loop_over
 from autoshard.trace import Traced
 from cost_models.cluster import Cluster
 from passes.hints import hints_for
+from passes.ir.graph import Hint
 from passes.ir.mesh import Mesh, MeshError
 from passes.ir.plan import TimeAxis
 from passes.meshes import names_of
@@ -117,14 +118,14 @@ def plan_stages(
     chunks = checked_chunks(chunks, name)
     shared_update = checked_shared_update(shared_update)
     most = cluster.memory_limit if limit is None else limit
-    wanted = _wanted(traced, cluster, mesh, hints or {}, over)
+    asked_of = (*traced.graph.hints, *hints_for(traced.graph, hints or {}))
+    wanted = _wanted(traced, cluster, mesh, asked_of, over)
     asked = {"stages": stages, "schedule": name, "chunks": chunks}
     given = {k: v for k, v in asked.items() if v is not None}
     given |= {} if over.size == AUTO else {"microbatches": over.size}
     call = fn, args, kwargs, options
     costs = PipelineCosts(*call, cluster, most, hints, fused_attention, solver, over, shared_update)
     found = search_pipelines(costs, _with(wanted, given), progress)
-    asked_of = (*traced.graph.hints, *hints_for(traced.graph, hints or {}))
     data = as_plan(found, traced, cluster, most, fused_attention, over, asked_of)
     return PipelinedPlan(data, found.best.cut)
 
@@ -140,7 +141,7 @@ def _wanted(
     traced: Traced,
     cluster: Cluster,
     mesh: Mapping[str, int] | None,
-    hints: Mapping[str, Any],
+    hints: Sequence[Hint],
     over: TimeAxis,
 ) -> Wanted:
     """What is known beforehand of the function, and asked for by its mesh."""
@@ -154,8 +155,9 @@ def _wanted(
         )
     flops = sum(op.rule.flops * graph.trips(op.region) for op in graph.ops)
     state = float(sum(graph.values[v].type.nbytes for v in graph.inputs))
-    own = over_devices((*graph.hints, *hints_for(graph, hints)), (over.name,))
-    axes = tuple(n for n in names_of(own) if n not in OUTER) or ("model",)
+    axes = tuple(n for n in names_of(over_devices(hints, (over.name,))) if n not in OUTER) or (
+        "model",
+    )
     fixed: dict[str, Any] = {"axes": axes}
     if mesh is not None:
         inside = {n: s for n, s in mesh.items() if n not in OUTER} or {axes[0]: 1}

@@ -105,8 +105,11 @@ class Chains:
         return self.fuses(op) or reduces(op)
 
     def _enters_narrow(self, spread: Op, enter: Op) -> bool:
-        """Whether what is spread out before a loop is spread out inside: by XLA:GPU constants only
-        (the -inf of a mask, in a forward pass of GPT on 8 H100; jax 0.10.2)."""
+        """Whether what is spread out before a loop is spread out inside.
+
+        By XLA:GPU and XLA:CPU constants only (the -inf of a mask, in a forward pass of GPT on 8
+        H100; jax 0.10.2).
+        """
         constant = self._is_constant(spread.inputs[0]) and enter.outputs[0] not in self.carried
         return self._widens(spread) and (self.tpu or constant)
 

@@ -39,10 +39,10 @@ PASSES = {"gather": (1, 0), "scatter-add": (3, 6)}
 
 
 class Copied(NamedTuple):
-    """The steps during which a copy lies there. early: the first it can be made at, if it need not
-    be: it is beside gathers.
+    """The steps during which a copy lies there.
 
-    along: of a stack the dim that must be split.
+    early: the first step at which it can be made, which it is beside a gather. along: of a stack
+    the dim that must be split.
     """
 
     begin: int

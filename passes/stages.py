@@ -87,9 +87,10 @@ def stages_of(
 def _both_halves(
     units: Sequence[_Unit], backward: Collection[Path]
 ) -> tuple[list[_Unit], list[_Unit]]:
-    """Forward and backward equations. What is made of a gradient is backward, too: the norm of one
+    """Forward and backward equations.
 
-    sample's gradient, or a penalty of it and the gradient of that.
+    What is made of a gradient is backward, too: the norm of one sample's gradient, or a penalty of
+    it and the gradient of that.
     """
     forward, back = list[_Unit](), list[_Unit]()
     gradients: set[int] = set()

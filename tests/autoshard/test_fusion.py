@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,7 +85,10 @@ def test_elsewhere_nothing_is_left_of_an_annotation() -> None:
 
 
 def test_elsewhere_constants_are_spread_out_inside_a_loop() -> None:
-    """What a loop carries is there, and a mask is spread out before it, but not on TPU."""
+    """What a loop carries is there, and a mask is spread out before it, but not on TPU.
+
+    As XLA:CPU compiles it, the loop takes one mask, and of its size one array of floats.
+    """
 
     def run(x: jax.Array, stack: jax.Array) -> jax.Array:
         masked = jnp.broadcast_to(jnp.tril(jnp.ones((64, 64), bool)), (8, 64, 64))
@@ -103,6 +107,9 @@ def test_elsewhere_constants_are_spread_out_inside_a_loop() -> None:
     assert [str(graph.values[v].type)[:4] for v in spread] == ["bool", "f32[", "f32["]
     assert [fuse(graph, "gpu").stored[v] for v in spread] == [True, False, True]
     assert [fuse(graph, "tpu").stored[v] for v in spread] == [False, False, False]
+    text = jax.jit(run).lower(f32(8, 64, 32), f32(3, 32, 32)).compile().as_text()
+    (taken,) = re.findall(r"= \((.*)\) while\(", text)
+    assert (taken.count("pred[8,64,64]"), taken.count("f32[8,64,64]")) == (1, 1)
 
 
 def test_elsewhere_no_reduction_runs_in_a_products_kernel() -> None:
