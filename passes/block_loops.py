@@ -20,7 +20,7 @@ from passes.bodies import Body, Path
 from passes.ir.graph import Graph
 from passes.regions import Axis, Region, Rounds, along, rounds, smallest_factor, steps_of
 from passes.time_axis import PARTIAL, Split, View, spread
-from passes.time_loop import runs_on_parts
+from passes.time_phases import runs_on_parts
 
 Key = tuple[int, int]  # region, round
 _GAIN = 0.75  # of a region's largest value: what its loop gives must be less

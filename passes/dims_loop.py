@@ -20,8 +20,9 @@ from passes.hints import path_of
 from passes.ir.graph import Graph
 from passes.ir.plan import TimeAxis
 from passes.microbatch_loop import NoTimeLoop, coupled
+from passes.time_ahead import time_loop
 from passes.time_axis import Split
-from passes.time_loop import Path, TimeLoop, time_loop
+from passes.time_loop import Path, TimeLoop
 
 Seeds = Mapping[int, int]  # by the place of an argument, the dim that is split
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from passes.hints import path_of
 from passes.ir.graph import Graph, Op
+from passes.time_ahead import time_loop
 from passes.time_axis import Split
-from passes.time_loop import Coupling, Path, TimeLoop, time_loop
+from passes.time_loop import Coupling, Path, TimeLoop
 
 
 class NoTimeLoop(ValueError):

@@ -24,7 +24,7 @@ from passes.bodies import Body, Unit
 from passes.huge import PRODUCTS, Part, find_huge, is_plain
 from passes.ir.graph import Graph, Op
 from passes.time_axis import Split, View, spread
-from passes.time_loop import runs_on_parts
+from passes.time_phases import runs_on_parts
 
 Taken = tuple[tuple[Split | None, ...], tuple[View, ...]]
 

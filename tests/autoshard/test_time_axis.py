@@ -24,8 +24,9 @@ from autoshard.signature import signature
 from autoshard.time_loop import in_steps
 from autoshard.trace import Traced, trace
 from passes.rules.registry import hand_rule
+from passes.time_ahead import time_loop
 from passes.time_axis import Split
-from passes.time_loop import TimeLoop, time_loop
+from passes.time_loop import TimeLoop
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_hurry")]
 
