@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := -m pytest --no-header -q -rfEs -n $(JOBS) --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test lint types format notebooks bench contest accuracy experts fit rank tables wheel-test clean
+.PHONY: demo test lint types format notebooks bench contest accuracy experts fit rank schedules tables wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/02_byte_gpt.py
@@ -66,6 +66,10 @@ fit: $(INSTALLED)
 # The order of plans by their predictions, and by steps on 8 virtual CPU devices: some ten minutes.
 rank: $(INSTALLED)
 	PYTHONPATH=.:examples JAX_PLATFORMS=cpu $(BIN)/python tests/accuracy/rank_cpu.py $(ARGS)
+
+# Every schedule on every model against plain jit, on 8 virtual CPU devices: an hour or so for all.
+schedules: $(INSTALLED)
+	PYTHONPATH=.:examples:tests/autoshard JAX_PLATFORMS=cpu $(BIN)/python tests/accuracy/every_schedule.py $(ARGS)
 
 # Predictions against published step times: some five minutes.
 tables: $(INSTALLED)
