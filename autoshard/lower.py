@@ -38,6 +38,7 @@ def constrained(traced: Traced, plan: Plan, devices: jax.sharding.Mesh) -> Any:
 
     def run(*flat: Any) -> list[Any]:
         jaxpr, consts = open_jaxpr(traced.jaxpr)
+        emitter.pinned = {id(x): x for x in flat}  # jit splits its arguments as planned
         return emitter.walk(jaxpr, consts, list(flat), ())
 
     return run
@@ -57,6 +58,7 @@ class Emitter:
         self.shared: dict[tuple[int, int], Any] = {}
         self.twins = frozenset(traced.same.values())
         self.made_by: dict[Path, list[Any]] = {}  # results of equations that have a twin
+        self.pinned: dict[int, Any] = {}  # what has a constraint in this body, by id
 
     # constraints
 
@@ -66,9 +68,11 @@ class Emitter:
             return x
         if jnp.size(x) == 0 or not hasattr(x, "dtype"):
             return x
-        return lax.with_sharding_constraint(
+        x = lax.with_sharding_constraint(
             x, named_sharding(axes, jnp.ndim(x), self.mesh, self.devices)
         )
+        self.pinned[id(x)] = x  # x lives with its id
+        return x
 
     def made(self, op: Op, outs: Sequence[Any]) -> list[Any]:
         """An operation's results, each as its strategy makes it and then as planned.
@@ -86,10 +90,16 @@ class Emitter:
         return [self.operand(op, k, x) for k, x in enumerate(operands)]
 
     def operand(self, op: Op, k: int, x: Any) -> Any:
-        """One operand as the operation wants it."""
+        """One operand as the operation wants it.
+
+        What came into a body, or through a barrier, has no constraint there: it gets one first, or
+        XLA would have it for all readers as one of them wants it.
+        """
         reshard = self.reshards.get((op.id, k))
         if reshard is None:
             return x
+        if id(x) not in self.pinned and k < len(op.inputs):
+            x = self.constrain(x, self.plan.values[op.inputs[k]])
         if reshard.through:
             key = (reshard.shared, id(x))
             if key not in self.shared:
@@ -106,12 +116,12 @@ class Emitter:
     @contextlib.contextmanager
     def body(self) -> Iterator[None]:
         """In a region's body nothing made outside, or in another tracing of it, is reused."""
-        outside = self.shared, self.made_by
-        self.shared, self.made_by = {}, {}
+        outside = self.shared, self.made_by, self.pinned
+        self.shared, self.made_by, self.pinned = {}, {}, {}
         try:
             yield
         finally:
-            self.shared, self.made_by = outside
+            self.shared, self.made_by, self.pinned = outside
 
     # the walk
 
@@ -206,16 +216,16 @@ class Emitter:
         consts, init, xs = entered[:n_consts], entered[n_consts:], operands[entering:]
 
         def body(carry: Any, sliced: Any) -> Any:
-            args = [self.enter((*path, "in", n_consts + k), x) for k, x in enumerate(carry)]
-            parts = [self.enter((*path, "in", entering + k), x) for k, x in enumerate(sliced)]
             with self.body():
+                args = [self.enter((*path, "in", n_consts + k), x) for k, x in enumerate(carry)]
+                parts = [self.enter((*path, "in", entering + k), x) for k, x in enumerate(sliced)]
                 outs = self.walk(inner, body_consts, [*consts, *args, *parts], (*path, "body"))
-            outs = [
-                self.link((*path, "out", k), (), x)
-                if k < n_carry
-                else self.leave((*path, "out", k), x)
-                for k, x in enumerate(outs)
-            ]
+                outs = [
+                    self.link((*path, "out", k), (), x)
+                    if k < n_carry
+                    else self.leave((*path, "out", k), x)
+                    for k, x in enumerate(outs)
+                ]
             return outs[:n_carry], outs[n_carry:]
 
         params = eqn.params
@@ -249,10 +259,10 @@ class Emitter:
                 return self.walk(cond, cond_consts, [*first, *carry], (*path, "cond"))[0]
 
         def step(carry: Any) -> Any:
-            args = [self.enter((*path, "in", skip + k), x) for k, x in enumerate(carry)]
             with self.body():
+                args = [self.enter((*path, "in", skip + k), x) for k, x in enumerate(carry)]
                 outs = self.walk(body, body_consts, [*second, *args], (*path, "body"))
-            return [self.link((*path, "out", k), (), x) for k, x in enumerate(outs)]
+                return [self.link((*path, "out", k), (), x) for k, x in enumerate(outs)]
 
         out = lax.while_loop(test, step, entered[skip:])
         return [self.enter((*path, "out", k), x) for k, x in enumerate(out)]
@@ -267,7 +277,7 @@ class Emitter:
             def run(*args: Any) -> list[Any]:
                 with self.body():
                     outs = self.walk(inner, consts, list(args), (*path, "branch", b))
-                return [self.branch_out((*path, "out", k), b, x) for k, x in enumerate(outs)]
+                    return [self.branch_out((*path, "out", k), b, x) for k, x in enumerate(outs)]
 
             return run
 

@@ -462,3 +462,23 @@ def test_a_carry_that_begins_with_zeros_depends_on_what_the_loop_adds() -> None:
     assert not made["sin"]  # from the second trip on
     assert made["cos"]
     assert not made["mul"]
+
+
+def test_what_a_loop_reads_is_whole_for_those_who_want_it_whole() -> None:
+    """Behind a barrier in a loop's body XLA would split keys for all readers as one wants them."""
+
+    def attended(q: Any, k: Any, v: Any) -> Any:
+        @jax.checkpoint
+        def rows(q: Any) -> Any:
+            weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", q, k))
+            return jnp.einsum("hqk,khd->qhd", weights, v)
+
+        return jnp.sum(jax.lax.map(rows, q) ** 2)
+
+    q, k = jnp.ones((4, 16, 8, 32)), jnp.ones((256, 8, 32))
+    fn = jax.grad(attended, argnums=(0, 1, 2))
+    plan = autoshard.plan(fn, q, k, k, cluster="cpu:8", mesh={"data": 8}, solver="tp")
+    planned = [c.kind.replace("_", "-") for op in plan.ops for c in op.collectives]
+    text = plan.lower().compile().as_text()
+    compiled = re.findall(r" (all-gather|all-reduce|all-to-all)\(", text)
+    assert sorted(compiled) == sorted(planned)
