@@ -7,7 +7,7 @@ for one choice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +16,14 @@ import numpy.typing as npt
 from passes.ahead import first_gather, gathers_ahead
 from passes.answer import Change
 from passes.compiler import sums_whole
+from passes.cut_chains import Whole, whole_beside_slices
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import Axes
 from passes.ir.sharding import PARTIAL, Sharding
 from passes.lent import Span, lent
 from passes.priced import Priced
 from passes.relaid import copy_bytes
-from passes.sliced import sliced, takes_a_slice
+from passes.sliced import Sliced, sliced, takes_a_slice
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
 from passes.vmem import in_vmem
 
@@ -44,31 +45,44 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
 
     A result that is made otherwise than it is kept lies there twice, such as summands.
     """
-    graph, live, parts = priced.graph, priced.live, priced.fusion.parts
-    slices = sliced(priced, changed) if priced.cluster.platform == "tpu" else {}
-    for value in graph.values:
-        begin, end = live.spans[value.id]
-        if value.id in slices:
-            end, until, taken = slices[value.id]
-            for c in taken:
-                size = lying_bytes(c.value, c.nbytes, c.target, priced)
-                yield Held(live.when[c.op], until, size, c.value, c.target, True)
-        if begin < end:
-            axes = values[value.id]
-            size = lying_bytes(value.id, priced.fusion.kept.of_value[value.id], axes, priced)
-            size *= parts.get(value.id, 1)
-            yield Held(begin, end, size, value.id, axes, False)
+    graph = priced.graph
+    tpu = priced.cluster.platform == "tpu"
+    slices = sliced(priced, changed) if tpu else {}
+    yield from _values(priced, values, slices, whole_beside_slices(priced, changed) if tpu else {})
     gather = first_gather(priced, changed) if priced.copied else 0
     for v, copy in priced.copied.items():
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes, copy.along)
         if size:
             begin = min(copy.begin, max(copy.early, gather))
             yield Held(begin, copy.end, size, v, values[v], True)
-    if priced.cluster.platform == "tpu":
+    if tpu:
         yield from _spread(priced, values)
     for c, change in held_changes(priced, changed):
         if c.value not in slices or not takes_a_slice(graph, c):
             yield change
+
+
+def _values(
+    priced: Priced,
+    values: Sequence[Axes],
+    slices: Mapping[int, Sliced],
+    whole: Mapping[int, Whole],
+) -> Iterator[Held]:
+    """Every value where it lies, and the slices that lie in place of some."""
+    live, kept = priced.live, priced.fusion.kept
+    replaced = {w.replaces for w in whole.values()}
+    for v, axes in enumerate(values):
+        begin, end = live.spans[v]
+        if v in whole:
+            begin, end, _ = whole[v]
+        if v in slices:
+            end, until, taken = slices[v]
+            for c in taken:
+                size = lying_bytes(c.value, c.nbytes, c.target, priced)
+                yield Held(live.when[c.op], until, size, c.value, c.target, True)
+        if begin < end and v not in replaced:
+            size = lying_bytes(v, kept.of_value[v], axes, priced)
+            yield Held(begin, end, size * priced.fusion.parts.get(v, 1), v, axes, False)
 
 
 def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
