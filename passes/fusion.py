@@ -54,24 +54,28 @@ class Fusion:
 
 
 def fuse(
-    graph: Graph, platform: str, inside: Attention = NONE, quotients_kept: bool = False
+    graph: Graph,
+    platform: str,
+    inside: Attention = NONE,
+    quotients_kept: bool = False,
+    tanh_bytes: float = 0.0,
 ) -> Fusion:
     """What this platform's XLA keeps in memory, and the traffic of every operation.
 
     inside: attention that a kernel of its own computes; none of its inner values are kept or moved.
-    quotients_kept: as of `cost_models.fitted`.
+    quotients_kept: as of `cost_models.fitted`. tanh_bytes: as of `passes.compiler`.
     """
     kept = stored_bytes(graph, platform)
     casts = weight_casts(graph) if platform == "tpu" else ()
     chains = Chains(graph, kept.of_value, platform == "tpu")
-    fuser = _Fuser(chains, inside, casts, quotients_kept).run()
+    fuser = _Fuser(chains, inside, casts, quotients_kept, tanh_bytes).run()
     if platform == "tpu":
         seen_whole = fuser.seen_whole()
         narrower = stored_bytes(graph, platform, seen_whole)
         if narrower.of_value != kept.of_value:
             kept = narrower
             chains = Chains(graph, kept.of_value, True)
-            fuser = _Fuser(chains, inside, casts, quotients_kept).run()
+            fuser = _Fuser(chains, inside, casts, quotients_kept, tanh_bytes).run()
     filled = _filled(graph) if platform == "gpu" else frozenset[int]()
     stored = tuple(
         (s or v in filled) and v not in inside.inside for v, s in enumerate(fuser.stored)
@@ -109,8 +113,9 @@ class _Fuser:
         attention: Attention,
         casts: Sequence[WeightCast],
         quotients_kept: bool,
+        tanh_bytes: float,
     ) -> None:
-        self.quotients_kept = quotients_kept
+        self.quotients_kept, self.tanh_bytes = quotients_kept, tanh_bytes
         self.chains, self.graph, self.nbytes = chains, chains.graph, chains.nbytes
         self.values, self.consumers = chains.values, chains.consumers
         self.tpu, self.inside = chains.tpu, attention.inside
@@ -276,7 +281,17 @@ class _Fuser:
         kept = (n + 1) * self.nbytes[v] * (_READILY if self.tpu else 1)
         if self.tpu and self.chains.is_sign(v):
             kept *= 2
-        return (n - 1) * sum(behind.leaves.values()) <= kept
+        again = sum(behind.leaves.values()) + self._computed(behind)
+        return (n - 1) * again <= kept
+
+    def _computed(self, behind: Behind) -> float:
+        """The bytes that could be moved while what is slow to compute is computed once."""
+        if not self.tanh_bytes:
+            return 0.0
+        slow = (o for o in behind.ops if self.graph.ops[o].name == "tanh")
+        return (
+            sum(self.values[self.graph.ops[o].outputs[0]].type.size for o in slow) * self.tanh_bytes
+        )
 
     def _is_spread(self, op: Op) -> bool:
         """Whether a product's result is laid anew for its readers: none runs in its kernel."""

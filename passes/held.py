@@ -23,6 +23,7 @@ from passes.ir.sharding import PARTIAL, Sharding
 from passes.lent import Span, lent
 from passes.priced import Priced
 from passes.relaid import copy_bytes
+from passes.restacked import restacked
 from passes.sliced import Sliced, sliced, takes_a_slice
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
 from passes.vmem import in_vmem
@@ -48,13 +49,14 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     graph = priced.graph
     tpu = priced.cluster.platform == "tpu"
     slices = sliced(priced, changed) if tpu else {}
-    yield from _values(priced, values, slices, whole_beside_slices(priced, changed) if tpu else {})
+    yield from _values(priced, values, changed, slices)
     gather = first_gather(priced, changed) if priced.copied else 0
     for v, copy in priced.copied.items():
         size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes, copy.along)
         if size:
             begin = min(copy.begin, max(copy.early, gather))
             yield Held(begin, copy.end, size, v, values[v], True)
+    yield from _restacked(priced, values, changed)
     if tpu:
         yield from _spread(priced, values)
     for c, change in held_changes(priced, changed):
@@ -65,14 +67,17 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
 def _values(
     priced: Priced,
     values: Sequence[Axes],
+    changed: Sequence[Change],
     slices: Mapping[int, Sliced],
-    whole: Mapping[int, Whole],
 ) -> Iterator[Held]:
     """Every value where it lies, and the slices that lie in place of some."""
     live, kept = priced.live, priced.fusion.kept
+    whole = whole_beside_slices(priced, changed) if priced.cluster.platform == "tpu" else {}
+    moved = _moved(priced, changed) if priced.cluster.platform == "gpu" else {}
     replaced = {w.replaces for w in whole.values()}
     for v, axes in enumerate(values):
         begin, end = live.spans[v]
+        end = min(end, moved.get(v, end))
         if v in whole:
             begin, end, _ = whole[v]
         if v in slices:
@@ -83,6 +88,30 @@ def _values(
         if begin < end and v not in replaced:
             size = lying_bytes(v, kept.of_value[v], axes, priced)
             yield Held(begin, end, size * priced.fusion.parts.get(v, 1), v, axes, False)
+
+
+def _moved(priced: Priced, changed: Sequence[Change]) -> dict[int, int]:
+    """By value one past its last step, where all who read it read one copy of it.
+
+    XLA moves it among the devices once, and what has moved is all that is left of it (hidden values
+    of experts, in a step on 8 A100; jax 0.10.2).
+    """
+    graph, makers, readers = priced.graph, priced.graph.producers(), priced.graph.consumers()
+    out = dict[int, int]()
+    for c in changed:
+        if c.side != "copy" or c.value in graph.outputs or makers[c.value] < 0:
+            continue
+        near = graph.ops[makers[c.value]].region == graph.ops[c.op].region
+        if near and all(priced.copies.get(r) == c.shared for r in readers[c.value]):
+            out[c.value] = priced.live.when[c.op] + 1
+    return out
+
+
+def _restacked(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> Iterator[Held]:
+    """Stacks that a GPU's loops want in another order, given and returned."""
+    for r in restacked(priced.stacks, priced.graph, values, changed, priced.mesh.sizes):
+        size = local_bytes(priced.fusion.kept.of_value[r.stack], values[r.stack], priced)
+        yield Held(r.begin, r.end, size, r.stack, values[r.stack], True)
 
 
 def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
@@ -209,14 +238,16 @@ def _lent(priced: Priced, found: Sequence[Held]) -> frozenset[int]:
     """Places of what lies in the memory of results that are not there yet."""
     graph, live = priced.graph, priced.live
     makers, results = graph.producers(), set(graph.outputs)
+    relaid = {h.value: h.end for h in found if h.copy and h.value in priced.stacks.made}
     idle, needed, places = list[Span](), list[Span](), list[int]()
     for k, h in enumerate(found):
         maker = makers[h.value]
         if h.value in results and h.begin == 0 and maker >= 0 and not h.copy:
             begin = graph.regions[graph.ops[maker].region].begin  # a stack: its loop's first step
             stack = graph.ops[maker].name == "scan_stack"
-            idle.append(Span(0, live.when[begin if stack else maker], h.nbytes))
-        elif h.value not in results and maker >= 0:
+            until = relaid.get(h.value, live.when[begin if stack else maker])
+            idle.append(Span(0, until, h.nbytes))
+        elif h.value not in results and (maker >= 0 or h.copy):
             needed.append(Span(h.begin, h.end, h.nbytes))
             places.append(k)
     return frozenset(places[i] for i in lent(idle, needed))

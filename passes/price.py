@@ -25,6 +25,7 @@ from passes.ir.graph import Graph, Op
 from passes.ir.mesh import Mesh
 from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
+from passes.loop_stacks import stacks
 from passes.meshes import links_of
 from passes.op_cost import OpCost
 from passes.overlap import overlap
@@ -155,6 +156,7 @@ class _Pricer:
             frozenset(self.narrow),
             self.overlap,
             self.copied,
+            stacks(graph, self.live, self.cluster.platform),
             like,
         )
 

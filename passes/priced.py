@@ -13,6 +13,7 @@ from passes.hints import HintError
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.liveness import Liveness
+from passes.loop_stacks import Stacks
 from passes.overlap import Overlap
 from passes.relaid import Copied
 from passes.solve.problem import Problem
@@ -40,8 +41,9 @@ class Priced:
     that decides its strategy, or -1. tables: per op the strategy under each choice of its owner.
     constant: seconds that no choice changes. only: per group its sole choice where it has no node.
     layouts: what strategies want and make, as far as it was asked.
-    narrow: copies that are sent as narrow readers want them. copied: as of passes.relaid. like: per
-    operation the first one that is split as it is, and costs as much, under every choice.
+    narrow: copies that are sent as narrow readers want them. copied: as of passes.relaid. stacks:
+    as of passes.loop_stacks. like: per operation the first one that is split as it is, and costs as
+    much, under every choice.
     """
 
     graph: Graph
@@ -63,6 +65,7 @@ class Priced:
     narrow: frozenset[int]
     overlap: Overlap
     copied: Mapping[int, Copied]
+    stacks: Stacks
     like: tuple[int, ...]
 
 

@@ -22,7 +22,7 @@ from passes.assemble import assemble
 from passes.attention import NONE, Attention, attention
 from passes.baselines import BASELINES
 from passes.batch import find_batch
-from passes.compiler import quotients_kept, scheduler
+from passes.compiler import quotients_kept, scheduler, tanh_bytes
 from passes.decisions import decide
 from passes.entries import Progress, Setting, layers_alike, price_on
 from passes.fitting import solve_within
@@ -128,7 +128,7 @@ def _setting(
     together: Sequence[tuple[int, int]],
     fused: Attention,
 ) -> Setting:
-    fusion = fuse(graph, cluster.platform, fused, quotients_kept(cluster))
+    fusion = fuse(graph, cluster.platform, fused, quotients_kept(cluster), tanh_bytes(cluster))
     given = [p for p in state if p[0] in graph.donated]
     return Setting(
         graph,

@@ -15,6 +15,7 @@ from hypothesis import given
 import autoshard
 from autoshard.targets import target_devices
 from autoshard.trace import trace
+from passes.compiler import tanh_bytes
 from passes.fusion import Fusion, fuse
 from passes.ir.graph import Graph
 from passes.liveness import liveness
@@ -142,6 +143,25 @@ def test_elsewhere_a_product_reads_the_narrower_side_of_a_conversion() -> None:
     assert kept(graph, fuse(graph, "gpu")) == ["dot_general"]
     graph = trace(computed, narrow, wide).graph
     assert kept(graph, fuse(graph, "gpu")) == ["convert_element_type", "dot_general"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "once"),
+    [("h100", "bfloat16", True), ("h100", "float32", False), ("a100", "float32", True)],
+)
+def test_on_gpus_a_tanh_is_computed_once_where_memory_is_faster(
+    chip: str, dtype: str, once: bool
+) -> None:
+    def step(x: Any, w: Any, v: Any) -> Any:
+        return jnp.sum(jax.nn.gelu(x @ w) @ v)
+
+    shapes = ((2048, 512), (512, 2048), (2048, 512))
+    args = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+    graph = trace(jax.grad(step, (1, 2)), *args).graph
+    cluster = autoshard.cluster(f"{chip}:1")
+    fusion = fuse(graph, "gpu", tanh_bytes=tanh_bytes(cluster))
+    assert ("tanh" in kept(graph, fusion)) == once
+    assert tanh_bytes(autoshard.cluster("tpu-v5e:1x1")) == 0
 
 
 def test_elsewhere_what_is_picked_from_is_computed_where_it_is_picked() -> None:

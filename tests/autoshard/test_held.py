@@ -133,3 +133,23 @@ def test_a_tpu_keeps_a_whole_sum_while_a_loop_runs_before_its_update(cluster: st
     backward = max(r.end for r in graph.regions if r.kind == "scan")
     assert sum_.nbytes == 512 * 32768 * 4
     assert (sum_.end > live.when[backward - 1]) is (cluster == "v5e:2x4")
+
+
+def test_on_gpus_what_all_read_moved_dies_when_it_has_moved() -> None:
+    def experts(weights: Any, x: Any) -> Any:
+        hidden = jnp.einsum("ebd,edf->ebf", autoshard.annotate(x, None, "x", None), weights[0])
+        mixed = [jnp.einsum("ebf,efd->ebd", hidden, w) for w in weights[1:]]
+        return [autoshard.annotate(y, "x", None, None) for y in mixed]
+
+    def f32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, "float32")
+
+    weights = [f32(8, 1024, 256), f32(8, 256, 1024), f32(8, 256, 512)]
+    graph = trace(experts, weights, f32(8, 512, 1024)).graph
+    found = search(graph, autoshard.cluster("h100:8"), hints=graph.hints)
+    answer = read_back(found.priced, found.solution.choice)
+    (change,) = (c for c in answer.changes if c.side == "copy" and c.value not in graph.inputs)
+    lying = list(held(found.priced, answer.values, answer.changes))
+    original = next(h for h in lying if h.value == change.value and not h.copy)
+    moved = next(h for h in lying if h.value == change.value and h.copy)
+    assert original.end == moved.begin + 1 < moved.end

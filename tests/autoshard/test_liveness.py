@@ -72,3 +72,19 @@ def test_a_donated_argument_that_a_loop_carries_and_gives_back_is_one_buffer() -
     kept = autoshard.plan(steps, ONE, FOUR, cluster="h100:1", solver="dp")
     assert plan.cost.peak_memory / BYTES == pytest.approx(5 + 1, abs=0.01)
     assert kept.cost.peak_memory > plan.cost.peak_memory
+
+
+@pytest.mark.parametrize("cluster", ["h100:1", "v5e:1x1"])
+def test_a_donated_stack_lies_beside_the_one_that_a_loop_makes_of_its_slices(cluster: str) -> None:
+    def steps(stack: Any, x: Any) -> Any:
+        def layer(x: Any, part: Any) -> Any:
+            part = jax.lax.dynamic_update_slice_in_dim(part, x[:1], 3, axis=0)
+            return x @ part, part
+
+        return jax.lax.scan(layer, x, stack)
+
+    given = autoshard.plan(steps, FOUR, ONE, cluster=cluster, solver="dp", donate_argnums=0)
+    kept = autoshard.plan(steps, FOUR, ONE, cluster=cluster, solver="dp")
+    # One stack and the other, before the new one is copied to where the old one lay.
+    assert given.cost.peak_memory / BYTES >= 4 + 4
+    assert kept.cost.peak_memory >= given.cost.peak_memory
