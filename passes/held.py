@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from passes.ahead import first_gather, gathers_ahead
+from passes.ahead import first_gather, gathers_ahead, gathers_combined
 from passes.answer import Change
 from passes.compiler import sums_whole
-from passes.cut_chains import Whole, whole_beside_slices
+from passes.cut_chains import whole_beside_slices
+from passes.filled import copies_at_once, made_as_read
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import Axes
 from passes.ir.sharding import PARTIAL, Sharding
 from passes.lent import Span, lent
 from passes.priced import Priced
-from passes.relaid import copy_bytes
+from passes.relaid import LAID_BACK, Copied, as_laid, copy_bytes, in_groups
 from passes.restacked import restacked
 from passes.sliced import Sliced, sliced, takes_a_slice
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
@@ -49,18 +50,19 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     graph = priced.graph
     tpu = priced.cluster.platform == "tpu"
     slices = sliced(priced, changed) if tpu else {}
-    yield from _values(priced, values, changed, slices)
-    gather = first_gather(priced, changed) if priced.copied else 0
-    for v, copy in priced.copied.items():
-        size = copy_bytes(graph.values[v].type, values[v], priced.mesh.sizes, copy.along)
-        if size:
-            begin = min(copy.begin, max(copy.early, gather))
-            yield Held(begin, copy.end, size, v, values[v], True)
+    made = made_as_read(priced, changed)
+    yield from _values(priced, values, changed, slices, made)
+    if priced.copied:
+        yield from _laid_anew(priced, values, changed)
     yield from _restacked(priced, values, changed)
     if tpu:
         yield from _spread(priced, values)
+    for v, begin, end in copies_at_once(priced):
+        axes = made.get(v, values[v])
+        size = lying_bytes(v, graph.values[v].type.nbytes, axes, priced)
+        yield Held(begin, end, size, v, axes, True)
     for c, change in held_changes(priced, changed):
-        if c.value not in slices or not takes_a_slice(graph, c):
+        if c.value not in made and (c.value not in slices or not takes_a_slice(graph, c)):
             yield change
 
 
@@ -69,6 +71,7 @@ def _values(
     values: Sequence[Axes],
     changed: Sequence[Change],
     slices: Mapping[int, Sliced],
+    made: Mapping[int, Axes],
 ) -> Iterator[Held]:
     """Every value where it lies, and the slices that lie in place of some."""
     live, kept = priced.live, priced.fusion.kept
@@ -86,6 +89,7 @@ def _values(
                 size = lying_bytes(c.value, c.nbytes, c.target, priced)
                 yield Held(live.when[c.op], until, size, c.value, c.target, True)
         if begin < end and v not in replaced:
+            axes = made.get(v, axes)
             size = lying_bytes(v, kept.of_value[v], axes, priced)
             yield Held(begin, end, size * priced.fusion.parts.get(v, 1), v, axes, False)
 
@@ -114,6 +118,26 @@ def _restacked(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]
         yield Held(r.begin, r.end, size, r.stack, values[r.stack], True)
 
 
+def _laid_anew(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> Iterator[Held]:
+    """Copies of tables, of their state and of stacks, as the compiler lays them anew."""
+    fitted = priced.cluster.chip.fitted
+    gather = first_gather(priced, changed)
+    resharded = {c.value for c in changed if any(m.kind in LAID_BACK for m in c.moves)}
+    copies = dict[int, Copied]()
+    sizes = dict[int, float]()
+    for v, most in priced.copied.items():
+        copy = as_laid(most, v, resharded)
+        size = copy_bytes(priced.graph.values[v].type, values[v], priced.mesh.sizes, copy.along)
+        begin = min(copy.begin, max(copy.early, gather))
+        if size and begin < copy.end:
+            copies[v] = copy._replace(begin=begin)
+            sizes[v] = size / 2 if copy.narrow else size
+    if fitted is not None and fitted.handed_on:
+        copies = in_groups(copies, sizes, fitted.vmem)
+    for v, copy in copies.items():
+        yield Held(copy.begin, copy.end, sizes[v], v, values[v], True)
+
+
 def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
     """Operands of batched products that are laid anew for them, with the batch outside."""
     graph, kept = priced.graph, priced.fusion.kept
@@ -138,7 +162,7 @@ def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Ch
     for (op, k), copy in priced.copies.items():
         key = copy, priced.graph.ops[op].inputs[k]
         last[key] = max(last.get(key, 0), live.when[op])
-    early = gathers_ahead(priced, changed)
+    early = {**gathers_ahead(priced, changed), **gathers_combined(priced, changed)}
     for n, c in enumerate(changed):
         sent = any(m.kind != "slice" for m in c.moves)
         begin = live.when[c.op]

@@ -98,7 +98,7 @@ class _Pricer:
         self.overlap = overlap(graph, cluster, mesh.devices, self.links)
         self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
-        self.copied = copied(graph, live, cluster.platform)
+        self.copied = copied(graph, live, self.kept, cluster.platform)
         self.trips = [graph.trips(r.id) for r in graph.regions]
         self.producers = graph.producers()
 

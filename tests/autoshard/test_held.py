@@ -108,6 +108,22 @@ def test_a_tpu_gathers_beside_what_runs_before(cluster: str) -> None:
         assert 0 < copy.begin < live.when[last]
 
 
+@pytest.mark.parametrize(("size", "together"), [(1024, True), (2048, False)])
+def test_a_gpu_gathers_together_what_is_there_and_small(size: int, together: bool) -> None:
+    def run(x: Any, weights: Any) -> Any:
+        for w in weights:
+            x = jnp.cumsum(x @ w, 1)
+        return x
+
+    x, w = (jax.ShapeDtypeStruct((n, size), "float32") for n in (8192, size))
+    hints = {"x": ("data", None), "weights/*": ("data", None)}
+    plan = autoshard.plan(run, x, [w] * 3, cluster="h100:8", mesh={"data": 8}, hints=hints)
+    assert plan._found is not None
+    begins = sorted(c.begin for c in copies_of(plan._found, (size, size)))
+    assert len(begins) == 3
+    assert (begins[0] == begins[1] == begins[2]) is together  # 4 MiB each, or 16
+
+
 def test_a_tpu_lays_operands_of_small_products_anew() -> None:
     def crossed(x: Any, g: Any) -> Any:
         return jnp.einsum("bij,bjd->bid", g, x)

@@ -98,3 +98,25 @@ def test_a_tables_state_is_laid_anew_for_its_update_or_beside_the_first_gather()
         for peak in (plan.cost.peak_memory, compiled.memory.peak):
             all_at_once = peak - compiled.memory.arguments > 2 * tables * copy
             assert all_at_once == (devices > 1)
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("cluster", ["v5p:2x2x1", "v6e:2x2"])
+def test_a_table_whose_gradient_is_resharded_is_laid_anew_for_its_picks_only(cluster: str) -> None:
+    tables, rows = 4, 200_000
+    step, args = step_of_tables(tables, rows, 16384)
+    plan = autoshard.plan(
+        step,
+        *args,
+        cluster=cluster,
+        mesh={"x": 4},
+        solver="tp",  # gradients are summed by rows, and tables are split by columns
+        hints={"params/tables/*": jax.P(None, "x")},
+        donate_argnums=(0, 1),
+    )
+    compiled = plan.verify().compiled
+    assert compiled is not None
+    assert compiled.memory is not None
+    assert plan.cost.peak_memory == pytest.approx(compiled.memory.peak, rel=0.15)
+    state_too = compiled.memory.arguments + 2 * tables * rows * 128 * 4
+    assert max(plan.cost.peak_memory, compiled.memory.peak) < state_too / 2

@@ -18,7 +18,8 @@ from autoshard.trace import Traced, trace
 from passes.compiler import Scheduler
 from passes.fusion import fuse
 from passes.liveness import Liveness, liveness
-from passes.relaid import copied, copy_bytes
+from passes.relaid import Copied, as_laid, copied, copy_bytes, in_groups
+from passes.stored_bytes import stored_bytes
 
 ZOO: dict[str, Callable[[], Any]] = {
     "gpt": partial(zoo.gpt2_small_unrolled, layers=2, batch=4),
@@ -224,7 +225,7 @@ def test_a_narrow_table_of_few_rows_has_a_copy_in_whole_tiles_on_tpu() -> None:
     args = ((table, table), PICKED)
     traced = trace(step, *args, donate_argnums=(0,))
     graph, live = traced.graph, lived(traced, "tpu")
-    spans = copied(graph, live, "tpu")
+    spans = copied(graph, live, stored_bytes(graph, "tpu"), "tpu")
     gradient = next(op.outputs[0] for op in graph.ops if op.name == "scatter-add")
     assert set(spans) == {*graph.inputs[:2], gradient}
     given, sums = (spans[v] for v in graph.inputs[:2])
@@ -236,5 +237,49 @@ def test_a_narrow_table_of_few_rows_has_a_copy_in_whole_tiles_on_tpu() -> None:
     whole = graph.values[gradient].type
     assert copy_bytes(whole, (-1,), (8,)) == 4 * whole.nbytes  # 128 columns for 32
     assert copy_bytes(whole, (0,), (8,)) == whole.nbytes / 2
-    assert copy_bytes(whole, (1,), (8,)) == 0  # so few columns are laid back at once
-    assert copied(graph, live, "gpu") == {}
+    assert copy_bytes(whole, (1,), (8,)) == 4 * whole.nbytes  # however few
+    assert copied(graph, live, stored_bytes(graph, "gpu"), "gpu") == {}
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_table_whose_gradient_is_resharded_has_a_copy_for_those_who_pick_on_tpu(
+    narrow: bool,
+) -> None:
+    def step(state: Any, picked: Any, weights: Any) -> Any:
+        def loss(table: Any) -> Any:
+            rows = jnp.stack([table[picked], table[picked + 1]])
+            return jnp.sum((rows if narrow else jnp.sin(rows)) @ weights)
+
+        given, sums = state
+        grads = jax.grad(loss)(given)
+        sums = sums + grads**2
+        return given - grads / jnp.sqrt(sums + 1e-6), sums
+
+    rows = jax.ShapeDtypeStruct((1 << 16, 32), jnp.float32)
+    weights = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    traced = trace(step, (rows, rows), PICKED, weights, donate_argnums=(0,))
+    graph, live = traced.graph, lived(traced, "tpu")
+    spans = copied(graph, live, stored_bytes(graph, "tpu"), "tpu")
+    given, sums = (spans[v] for v in graph.inputs[:2])
+    picks = [live.when[op.id] for op in graph.ops if op.name == "gather"]
+    (table, state), gradient = graph.inputs[:2], given.gradient
+    assert gradient == sums.gradient >= 0
+    assert as_laid(given, table, set()).end > max(picks) + 1
+    assert not as_laid(given, table, set()).narrow  # the update wants it as it is
+    assert as_laid(given, table, {gradient}).end == max(picks) + 1
+    assert as_laid(given, table, {gradient}).narrow is narrow
+    assert as_laid(sums, state, {gradient}).end == 0
+    assert as_laid(given, table, {gradient, table}).end == 0  # another copy is picked from
+
+
+def test_copies_to_pick_from_are_made_in_two_groups_where_vmem_holds_some() -> None:
+    step, end, size = 10, 20, 0.5
+    copies = {v: Copied(step, end + v, 0, picked=end + v) for v in range(5)}
+    copies[7] = Copied(step, end, 0, gradient=3, picked=0)  # state
+    found = in_groups(copies, dict.fromkeys(copies, size), 1.0)
+    first, second = ({v for v, c in found.items() if c.begin == b} for b in (step, end + 1))
+    assert first == {0, 1, 7}  # one of each group lies in VMEM
+    assert second == {3}  # beside the last of the first group, as it is picked from
+    assert in_groups({}, {}, 1.0) == {}
+    every = in_groups(copies, dict.fromkeys(copies, 1.0), 1.0)  # too large for that
+    assert set(every) == set(copies)
