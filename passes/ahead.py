@@ -4,7 +4,10 @@ XLA:TPU gathers what is there early piece by piece inside the kernels that run b
 one such gather at a time (`async_collective_fusion` in a compiled program; `passes.compiler`). So
 the whole copy lies in memory as long as its gather takes: from the step after which arithmetic
 takes as long, but not before the reader of the last gather has run. An MLP's step for v5e and v5p
-gathers a batch of 134 MB from the first backward product on. (jax 0.10.2, libtpu 0.0.42.1.)
+gathers a batch of 134 MB from the first backward product on. Gathers that take little but their
+latency hold up none: one GPT's forward pass for v5e gathers scales and biases together at its
+start, and its head of 66 MB beside the four products before it. That little is up to twice the
+latency is a choice, not seen. (jax 0.10.2, libtpu 0.0.42.1.)
 
 XLA:GPU combines gathers along the same axis of what is there already, up to 30 MiB of results
 (`xla_gpu_all_gather_combine_threshold_bytes`): all of them lie there from the first reader on.
@@ -28,15 +31,16 @@ def gathers_ahead(priced: Priced, changed: Sequence[Change]) -> Mapping[int, int
     """By place in changed the step at which a gather begins, of those that begin early."""
     when = priced.live.when
     gathers = [n for n, c in enumerate(changed) if _runs_beside(priced, c)]
-    uses = sorted({when[changed[n].op] for n in gathers})
+    takes = {n: _seconds(priced, changed[n], changed[n].nbytes) for n in gathers}
+    long = (n for n in gathers if takes[n] > 2 * _seconds(priced, changed[n], 1.0))
+    uses = sorted({when[changed[n].op] for n in long})
     clock = _clock(priced)
     out: dict[int, int] = {}
     for n in gathers:
-        change, use = changed[n], when[changed[n].op]
-        seconds = reshard_seconds(change.moves, change.nbytes, priced.links)
+        use = when[changed[n].op]
         before = bisect_left(uses, use)
         free = uses[before - 1] if before else 0
-        out[n] = min(use, max(free, bisect_left(clock, clock[use] - seconds)))
+        out[n] = min(use, max(free, bisect_left(clock, clock[use] - takes[n])))
     return out
 
 
@@ -64,6 +68,10 @@ def gathers_combined(priced: Priced, changed: Sequence[Change]) -> Mapping[int, 
 def _is_a_gather(c: Change) -> bool:
     """Whether all that a reader needs of a value is one gather."""
     return c.side != "result" and len(c.moves) == 1 and c.moves[0].kind == "all_gather"
+
+
+def _seconds(priced: Priced, c: Change, nbytes: float) -> float:
+    return reshard_seconds(c.moves, nbytes, priced.links)
 
 
 def first_gather(priced: Priced, changed: Sequence[Change]) -> int:

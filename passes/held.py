@@ -27,7 +27,7 @@ from passes.relaid import LAID_BACK, Copied, as_laid, copy_bytes, in_groups
 from passes.restacked import restacked
 from passes.sliced import Sliced, sliced, takes_a_slice
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
-from passes.vmem import in_vmem
+from passes.vmem import in_vmem, may_lie_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,43 +238,51 @@ def _last_read(priced: Priced, value: int, consumers: Sequence[Sequence[tuple[in
 def memory(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64]:
     """Bytes per device at each step of the program: of its HBM, without what lies in VMEM."""
     change = np.zeros(priced.live.steps + 1)
-    inside = _lent(priced, found) if priced.cluster.platform == "gpu" else frozenset[int]()
+    made = _made(priced, found)
+    inside = _lent(priced, found, made)
     for k, h in enumerate(found):
-        if k in inside:
-            continue
-        change[h.begin] += h.nbytes
-        change[h.end] -= h.nbytes
-    return np.cumsum(change) - _in_vmem(priced, found)
+        if k not in inside:
+            change[h.begin] += h.nbytes
+            change[h.end] -= h.nbytes
+    near = (_span(found[k]) for k in made if k not in inside)
+    return np.cumsum(change) - in_vmem(near, priced.live.steps + 1, _vmem(priced))
 
 
-def _in_vmem(priced: Priced, found: Sequence[Held]) -> npt.NDArray[np.float64] | float:
-    """Bytes of what is made, or copied, and needs no HBM, at each step; 0 but on a TPU."""
+def _vmem(priced: Priced) -> float:
+    """Bytes of the VMEM that results are handed on in; 0 where they are not."""
     fitted = priced.cluster.chip.fitted
-    if fitted is None or not fitted.handed_on:
-        return 0.0
+    return 0.0 if fitted is None or not fitted.handed_on else fitted.vmem
+
+
+def _span(h: Held) -> Span:
+    return Span(h.begin, h.end, h.nbytes)
+
+
+def _made(priced: Priced, found: Sequence[Held]) -> list[int]:
+    """Places of what the program makes, or copies, for itself: no argument, and no result."""
     makers, results = priced.graph.producers(), set(priced.graph.outputs)
-    made = (h for h in found if (h.copy or makers[h.value] >= 0) and h.value not in results)
-    spans = (Span(h.begin, h.end, h.nbytes) for h in made)
-    return in_vmem(spans, priced.live.steps + 1, fitted.vmem)
+    return [
+        k
+        for k, h in enumerate(found)
+        if (h.copy or makers[h.value] >= 0) and h.value not in results
+    ]
 
 
-def _lent(priced: Priced, found: Sequence[Held]) -> frozenset[int]:
-    """Places of what lies in the memory of results that are not there yet."""
-    graph, live = priced.graph, priced.live
-    makers, results = graph.producers(), set(graph.outputs)
+def _lent(priced: Priced, found: Sequence[Held], made: Sequence[int]) -> frozenset[int]:
+    """Places of what lies in memory that is idle: of results, and of arguments given away.
+
+    made: as of _made. Not of what a TPU's VMEM may take, which is placed there first.
+    """
+    idle = {v: (begin, end) for v, begin, end in priced.live.idle}
     relaid = {h.value: h.end for h in found if h.copy and h.value in priced.stacks.made}
-    idle, needed, places = list[Span](), list[Span](), list[int]()
-    for k, h in enumerate(found):
-        maker = makers[h.value]
-        if h.value in results and h.begin == 0 and maker >= 0 and not h.copy:
-            begin = graph.regions[graph.ops[maker].region].begin  # a stack: its loop's first step
-            stack = graph.ops[maker].name == "scan_stack"
-            until = relaid.get(h.value, live.when[begin if stack else maker])
-            idle.append(Span(0, until, h.nbytes))
-        elif h.value not in results and (maker >= 0 or h.copy):
-            needed.append(Span(h.begin, h.end, h.nbytes))
-            places.append(k)
-    return frozenset(places[i] for i in lent(idle, needed))
+    pieces = list[Span]()
+    for h in found:
+        if not h.copy and h.value in idle:
+            begin, end = idle[h.value]
+            pieces.append(Span(begin, relaid.get(h.value, end), h.nbytes))
+    vmem = _vmem(priced)
+    needed = [k for k in made if not may_lie_there(_span(found[k]), vmem)]
+    return frozenset(needed[i] for i in lent(pieces, [_span(found[k]) for k in needed]))
 
 
 def peak_memory(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> float:

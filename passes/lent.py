@@ -1,10 +1,16 @@
 """Which values lie in the memory of a result that is not there yet?
 
-A result that takes no argument's place has memory of its own from the first step. XLA:GPU lends it:
-it places values from the largest to the smallest, each into the first buffer that is as large and
-free while the value lives, before it looks for new memory (`BufferAssigner`, as its compiled
-programs show: scores of attention in a forward pass lie where the logits will be; jax 0.10.2).
-XLA:TPU lends it to nobody.
+A result that takes no argument's place has memory of its own from the first step, and one that does
+leaves it idle from the argument's last read on. XLA lends it, for GPUs and for TPUs: it places
+values from the largest to the smallest, each into the first buffer that is as large and free while
+the value lives, before it looks for new memory (`BufferAssigner`, as its compiled programs show).
+Scores of attention in a forward pass lie where the logits will be, and what layers keep for their
+backward pass where gradients will be that are as large; what is larger than each of them has memory
+of its own. With that, what lives at each step of a compiled program for TPU, and is not placed in
+VMEM, was XLA's own peak to the MiB (or less than its VMEM, where XLA reports that): gradients of
+24 layers, given away or not, and a scan (v5p), two steps of mixtures of experts (v5e, v6e). An
+MLP's step for v6e with much given away was 352 MiB beyond its arguments, 288 so counted, and 576
+without (jax 0.10.2, libtpu 0.0.42.1).
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ whose result may take its place. An operation that XLA fuses into all its reader
 memory; a donated argument and the result that takes its place are one buffer, but for a stack that
 a loop makes while it slices the old one, which is copied there at the loop's end (caches, for H100,
 A100 and v5e; jax 0.10.2, libtpu 0.0.42.1). Any other result has a buffer that lies there from the
-first step: XLA lends it to nobody (seen in compiled programs for TPU).
+first step. Until the result is made its buffer is idle, and so is a donated argument's after its
+last read: `passes.lent` has what lies there meanwhile.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ IN_PLACE = frozenset(
 class Liveness:
     """spans: per value its half-open life, (0, 0) for none. stored: whether it has memory.
 
-    order: the operation of every step. when: the step of every operation.
+    order: the operation of every step. when: the step of every operation. idle: values, each with
+    the steps over which its buffer holds nothing.
     """
 
     spans: tuple[tuple[int, int], ...]
     stored: tuple[bool, ...]
     order: tuple[int, ...]
     when: tuple[int, ...]
+    idle: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -64,11 +67,12 @@ def liveness(
     begin, end, home = _made(graph, when)
     stored = list(has_memory)
     donated = {argument for argument, _ in aliases}
-    lent = set[int]()  # in the memory of a donated argument that the result gives back
+    lent, carried = set[int](), set[int]()  # in the memory of a donated argument
     for v, body, first in _carries(graph):
         stored[v], home[v] = True, body
         if first in donated:
             lent.add(v)
+            carried.add(first)
     _read(graph, when, home, end)
     _convert_once(graph, casts, begin, end, when)
     _computed_again(graph, stored, end)
@@ -76,13 +80,23 @@ def liveness(
         _work_in_place(graph, op, stored, lent, home, end, when[op.id])
     for v in lent:
         stored[v] = False
+    idle = [(g, end[g], begin[r]) for g, r in aliases if g not in carried]
     _take_places(graph, aliases, stored, end, when)
     shared = {result for _, result in aliases}
     for v in graph.outputs:
         if v not in shared:
+            idle.append((v, 0, begin[v]))
             begin[v] = 0
     spans = tuple((b, e) if s else (0, 0) for b, e, s in zip(begin, end, stored, strict=True))
-    return Liveness(spans, tuple(stored), order, tuple(when))
+    return Liveness(spans, tuple(stored), order, tuple(when), _stored_once(idle, spans))
+
+
+def _stored_once(
+    idle: Sequence[tuple[int, int, int]], spans: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int, int], ...]:
+    """Those that have memory, and are idle at all; a value that is returned twice, once."""
+    found = {v: (v, b, e) for v, b, e in idle if b < e and spans[v][0] < spans[v][1]}
+    return tuple(found.values())
 
 
 def _take_places(

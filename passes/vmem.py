@@ -23,6 +23,19 @@ _EACH, _TOGETHER, _SOON = 1 / 8, 3 / 8, 80
 _LARGE, _BESIDE, _AT_ONCE = 1 / 2, 6 / 10, 4
 
 
+def may_lie_there(s: Span, vmem: float) -> bool:
+    """Whether a result is small, or soon read, so that it lies in VMEM where there is room."""
+    return _small(s, vmem) or _at_once(s, vmem)
+
+
+def _small(s: Span, vmem: float) -> bool:
+    return s.nbytes < _EACH * vmem and s.end - s.begin <= _SOON
+
+
+def _at_once(s: Span, vmem: float) -> bool:
+    return s.nbytes <= _LARGE * vmem and s.end - s.begin <= _AT_ONCE
+
+
 def in_vmem(results: Iterable[Span], steps: int, vmem: float) -> npt.NDArray[np.float64]:
     """Bytes in VMEM at each of the steps.
 
@@ -31,10 +44,10 @@ def in_vmem(results: Iterable[Span], steps: int, vmem: float) -> npt.NDArray[np.
     """
     change, large = np.zeros(steps + 1), list[Span]()
     for s in results:
-        if s.nbytes < _EACH * vmem and s.end - s.begin <= _SOON:
+        if _small(s, vmem):
             change[s.begin] += s.nbytes
             change[s.end] -= s.nbytes
-        elif s.nbytes <= _LARGE * vmem and s.end - s.begin <= _AT_ONCE:
+        elif _at_once(s, vmem):
             large.append(s)
     inside = np.minimum(np.cumsum(change)[:steps], _TOGETHER * vmem)
     for begin, end, nbytes in sorted(large, key=lambda s: (s.end - s.begin, -s.nbytes, s.begin)):

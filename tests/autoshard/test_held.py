@@ -124,6 +124,26 @@ def test_a_gpu_gathers_together_what_is_there_and_small(size: int, together: boo
     assert (begins[0] == begins[1] == begins[2]) is together  # 4 MiB each, or 16
 
 
+def test_gathers_of_little_hold_up_no_gather_of_a_weight() -> None:
+    def run(x: Any, w: Any, few: Any, late: Any) -> Any:
+        for _ in range(8):
+            x = jnp.cumsum(x @ w, 1)
+        x = x + jnp.sum(x @ few, axis=1, keepdims=True)
+        return jnp.cumsum(x, 1) @ late
+
+    x, w = (jax.ShapeDtypeStruct((n, 4096), "bfloat16") for n in (8192, 4096))
+    few, late = (jax.ShapeDtypeStruct((4096, n), "bfloat16") for n in (16, 8192))
+    hints = {"x": ("data", None), "w": (None, None)} | dict.fromkeys(
+        ("few", "late"), ("data", None)
+    )
+    given, mesh = (x, w, few, late), {"data": 8}
+    plan = autoshard.plan(run, *given, cluster="v5e:2x4", mesh=mesh, hints=hints)
+    assert plan._found is not None
+    (copy,) = copies_of(plan._found, (4096, 8192))
+    (small,) = copies_of(plan._found, (4096, 16))
+    assert copy.begin < small.begin - 1  # not only as that is read
+
+
 def test_a_tpu_lays_operands_of_small_products_anew() -> None:
     def crossed(x: Any, g: Any) -> Any:
         return jnp.einsum("bij,bjd->bid", g, x)
