@@ -7,7 +7,8 @@ They are fitted to XLA:TPU's own `estimated_cycles` by tests/accuracy/fit_comput
 * Traffic is bytes over a bandwidth that is the same for reads and writes, of any dtype.
 * A kernel that stores no whole array of 32 bits (because its result is bfloat16, or a sum) takes
   longer, by as much as reading one more float32 array of that size. This is why a bfloat16 chain is
-  hardly quicker than a float32 one.
+  hardly quicker than a float32 one. On v6e a product's result costs nothing of this where it stays
+  in VMEM; what a kernel without a product makes does, and so does a product's on v5e.
 * One operation that nothing is fused with (a sum of what a caller gave, a stored conversion or
   broadcast) works in smaller pieces than a fused chain, which costs it a little per element.
 * A product works in blocks of the matrix unit: of m, n, k the two that the unit holds are rounded
@@ -44,7 +45,8 @@ class Fitted:
     kernel works on; narrow: the same, more, where it writes no whole array of 32 bits; alone: the
     same, more, where it is one operation that nothing is fused with. product_start,
     product_element, product_narrow: the same of a product, per element of operands and result, and
-    of the result. product_softmax: per element of a result that its kernel turns into exponentials
+    of the result. product_narrow_near: the share of product_narrow that a result costs, too, which
+    stays in VMEM. product_softmax: per element of a result that its kernel turns into exponentials
     of rows, less their maxima, however long that takes otherwise. product_computed: by what share
     of its arithmetic a product takes longer whose kernel computes both operands.
     product_sum_stream: bytes/s of a product's kernel that also reduces what it makes, whose
@@ -66,6 +68,7 @@ class Fitted:
     product_start: float
     product_element: float
     product_narrow: float
+    product_narrow_near: float
     product_softmax: float
     product_computed: float
     product_sum_stream: float

@@ -41,6 +41,7 @@ def product_seconds(
     rows: int = 8,
     reduces: bool = False,
     computed: bool = False,
+    far: float = 1.0,
 ) -> float:
     """Seconds of one `dot_general` by the sizes on one device; k is contracted.
 
@@ -48,7 +49,8 @@ def product_seconds(
     operands and result where a neighbour is fused with it, or XLA keeps one in faster memory.
     result_dtype: that of the operands where it is not given. rows: of a tile of the larger operand,
     `vector.tile_rows`; they count where a side is one. reduces: whether its kernel reduces
-    what it makes, too. computed: whether it computes both operands as it reads them.
+    what it makes, too. computed: whether it computes both operands as it reads them. far: the share
+    of its result that it writes to HBM; the rest stays in VMEM.
     """
     f = chip.fitted
     if f is None and chip.cores:
@@ -65,15 +67,17 @@ def product_seconds(
         arithmetic *= 1 + f.product_computed
     if reduces and f.product_sum_stream:
         return f.product_start + max(arithmetic, moved_bytes / f.product_sum_stream)
-    return f.product_start + max(arithmetic, _memory(f, batch, m, n, k, moved_bytes, out))
+    return f.product_start + max(arithmetic, _memory(f, batch, m, n, k, moved_bytes, out, far))
 
 
-def _memory(f: Fitted, batch: int, m: int, n: int, k: int, moved: float, out: str) -> float:
+def _memory(
+    f: Fitted, batch: int, m: int, n: int, k: int, moved: float, out: str, far: float
+) -> float:
     written = batch * m * n
     touched = batch * k * (m + n) + written
     memory = moved / f.stream + touched * f.product_element
     if out not in ("float32", "int32"):
-        memory += written * f.product_narrow
+        memory += written * f.product_narrow * (far + (1 - far) * f.product_narrow_near)
     return memory
 
 

@@ -211,7 +211,9 @@ class Chains:
         scores are just as the product makes them, or where the softmax is made narrower in the end;
         not where they are scaled or masked and stay float32 or bfloat16 throughout, nor where they
         are transposed (attentions of 197 to 16384 places on v5e, v5p, v6e; jax 0.10.2, libtpu
-        0.0.42.1). A lone product of two dims, which it does not treat so, is not told apart.
+        0.0.42.1). Dims of one may change places: jax.nn.dot_product_attention moves one, and its
+        exponentials are kept on all three. A lone product of two dims, which it does not treat so,
+        is not told apart.
         """
         v = chain[-1]
         readers = sorted({c for c, _ in self.consumers[v]})
@@ -229,9 +231,17 @@ class Chains:
             return []
         shares = [self.graph.ops[c] for c, _ in self.consumers[exp.outputs[0]]]
         narrowed = any(op.name == "div" and self._is_narrowed(op.outputs[0]) for op in shares)
-        made = [self.graph.ops[self.producers[u]].name for u in chain]
-        kept = len(chain) == 1 or (narrowed and "transpose" not in made)
+        turned = any(self._turns(self.graph.ops[self.producers[u]]) for u in chain)
+        kept = len(chain) == 1 or (narrowed and not turned)
         return [less, exp.outputs[0]] if kept else []
+
+    def _turns(self, op: Op) -> bool:
+        """Whether it is a transpose that changes the order of dims that are more than one long."""
+        if op.name != "transpose":
+            return False
+        given = self.values[op.inputs[0]].shape
+        order = [d for d in op.params["permutation"] if given[d] > 1]
+        return order != sorted(order)
 
     def _only_reader(self, v: int) -> Op | None:
         readers = {c for c, _ in self.consumers[v]}

@@ -42,7 +42,8 @@ class Traffic:
     of each value, and how long it waits for its last reader (`passes.handed_on`).
     work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
     kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
-    runs: how often a product is multiplied. update: behind a product.
+    runs: how often a product is multiplied. update: behind a product. written: what a product's
+    kernel writes of as many elements as it makes, each as in moved.
     """
 
     moved: tuple[tuple[tuple[float, int], ...], ...]
@@ -51,6 +52,7 @@ class Traffic:
     wide: bool
     runs: int = 1
     update: Update | None = None
+    written: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -102,6 +104,7 @@ class Kernels:
         self.barred: set[int] = set()  # values that went through a barrier
         self.moved: dict[tuple[int, int], list[tuple[int, float]]] = {}  # (value, bytes)
         self.work: dict[tuple[int, int], dict[tuple[str, str], list[float]]] = {}
+        self.written: dict[int, list[tuple[int, float]]] = {}  # by product
         self.count: dict[int, int] = {}  # kernels that an operation starts
         self.wide: set[int] = set()  # operations
         self.of_gradients: dict[int, Kernel] = {}  # by the product that makes the gradient
@@ -198,6 +201,8 @@ class Kernels:
         size = self.values[v].type.size
         if size == kernel.elements and self.nbytes[v] >= 4 * size:
             self.wide.add(at[0])
+        if size == kernel.elements and kernel.product is not None:
+            self.written.setdefault(at[0], []).append((v, nbytes))
         self.add(at, v, nbytes)
 
     def add(self, at: tuple[int, int], v: int, nbytes: float) -> None:
@@ -254,7 +259,8 @@ class Kernels:
         work = tuple(_sorted(self.work.get((op.id, k), {})) for k in tensors)
         kernels = 0 if self._is_inside(op) else self.count.get(op.id, 0)
         runs = 2 if op.id in self.attention.again else 1
-        return Traffic(moved, work, kernels, op.id in self.wide, runs)
+        written = tuple((n, wait.get(v, FAR)) for v, n in self.written.get(op.id, ()))
+        return Traffic(moved, work, kernels, op.id in self.wide, runs, written=written)
 
 
 def _sorted(work: Mapping[tuple[str, str], Sequence[float]]) -> Work:

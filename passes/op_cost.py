@@ -191,6 +191,7 @@ class OpCost:
         more, laid = self._spread(op, strategy) if spread else (0.0, 0.0)
         plain = [n for n, made in zip(local.of_operand, facts.computed, strict=False) if not made]
         rows = self._rows(op, strategy) if chip.fitted and 1 in sizes[1:] else 8
+        far = self._far(op, traffic, strategy)
 
         def seconds(moved: float) -> float:
             time = product_seconds(
@@ -202,6 +203,7 @@ class OpCost:
                 rows=rows,
                 reduces=facts.reduces,
                 computed=all(facts.computed),
+                far=far,
             )
             return max(time * traffic.runs, local.work)
 
@@ -211,13 +213,23 @@ class OpCost:
             time = min(time, max(0.0, seconds(local.moved + more + bytes_more) - less))
         return time + laid
 
+    def _far(self, op: Op, traffic: Traffic, strategy: Strategy) -> float:
+        """Which share of what a product writes goes to HBM; the rest is handed on in VMEM."""
+        whole = sum(n for n, _ in traffic.written)
+        if not whole or not self.vmem:
+            return 1.0
+        return self._near(traffic.written, self._shards_of_result(op, strategy)) / whole
+
+    def _shards_of_result(self, op: Op, strategy: Strategy) -> int:
+        return _shards(self.layouts.of(op.rule, strategy)[1][0], self.sizes)
+
     def _update(
         self, update: Update, elements: float, op: Op, strategy: Strategy
     ) -> tuple[float, float]:
         """Bytes that a product moves more where it updates the state by the gradient that it makes,
         and the seconds that the update, which is priced by itself, takes less.
         """
-        shards = _shards(self.layouts.of(op.rule, strategy)[1][0], self.sizes)
+        shards = self._shards_of_result(op, strategy)
         gradient = self._near([update.gradient], shards) / shards
         moved = alone = 0.0
         for traffic in update.by:

@@ -50,6 +50,10 @@ SPECS = {"v3": "v3:1x1", "v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1",
 # * how much longer kernels take for a gather inside: with four kinds of weights of GPT-2 small
 #   split, not whole, 96 gathers take 13 us each on v5e and v5p, nothing on v6e. (On v5e in BERT,
 #   ViT and a mixture of experts: 3.5, 32 and 246 us);
+# * what a product's bfloat16 result costs that stays in VMEM: on v5e as much per element as one
+#   that goes to HBM, on v6e nothing. 8192 x 1024 x 256 with all three there take 84,111 cycles on
+#   v5e, 34,080 with a float32 result; on v6e 12,288 and 11,280, to HBM 63,937. (A chain on elements
+#   costs as much more on v6e wherever its bfloat16 result goes);
 # * the bandwidth of a product's kernel that also reduces, as it is counted on v6e: without limit.
 #   What the memory can move is taken.
 # (jax 0.10.2, libtpu 0.0.42.1)
@@ -59,6 +63,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "unit": 128,
         "vmem": 128 * 2**20,
         "product_softmax": 2.51e-12,
+        "product_narrow_near": 1.0,
         "product_computed": 0.2,
         "product_sum_stream": 0.0,
         "handed_on": 0.2,
@@ -69,6 +74,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "unit": 128,
         "vmem": 64 * 2**20,
         "product_softmax": 4.04e-12,
+        "product_narrow_near": 1.0,
         "product_computed": 0.5,
         "product_sum_stream": 0.0,
         "handed_on": 0.0,
@@ -79,6 +85,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "unit": 256,
         "vmem": 128 * 2**20,
         "product_softmax": 1.89e-12,
+        "product_narrow_near": 0.0,
         "product_computed": 0.6,
         "product_sum_stream": cluster(SPECS["v6e"]).chip.hbm_bandwidth,
         "handed_on": 0.2,
@@ -266,6 +273,7 @@ def worth(found: Mapping[Case, float]) -> str:
 
 
 _GIVEN = (
+    "product_narrow_near",
     "product_softmax",
     "product_computed",
     "product_sum_stream",
@@ -287,6 +295,7 @@ def table(f: Fitted, worth: str) -> str:
         f"product_start_us = {f.product_start * 1e6:.3g}",
         f"product_element_ps = {f.product_element * ps:.3g}",
         f"product_narrow_ps = {f.product_narrow * ps:.3g}",
+        *([f"product_narrow_near = {f.product_narrow_near:.3g}"] * (f.product_narrow_near < 1)),
         f"product_softmax_ps = {f.product_softmax * ps:.3g}",
         f"product_computed = {f.product_computed:.3g}",
         *(

@@ -242,6 +242,30 @@ def test_scores_that_are_transposed_are_kept_themselves() -> None:
     assert "exp" not in kept(graph, fuse(graph, "tpu"))
 
 
+def masked_attention(q: Any, k: Any, v: Any) -> Any:
+    """Its scores have a dim of one more, which changes its place before their softmax."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_a_dim_of_one_that_changes_its_place_is_no_transpose() -> None:
+    graph = trace(masked_attention, *[bf16(2, 512, 16, 64)] * 3).graph
+    assert any(op.name == "transpose" for op in graph.ops)
+    fusion = fuse(graph, "tpu")
+    assert "exp" in kept(graph, fusion)
+    sums = [op for op in graph.ops if op.name == "reduce_sum"]
+    assert [fusion.traffic[op.id].kernels for op in sums] == [0]
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("cluster", ["tpu-v5e:1x1", "tpu-v6e:1x1"])
+def test_the_tpu_compiler_keeps_exponentials_behind_a_dim_of_one(cluster: str) -> None:
+    put = jax.sharding.SingleDeviceSharding(target_devices(autoshard.cluster(cluster))[0])
+    args = [jax.ShapeDtypeStruct((2, 512, 16, 64), jnp.bfloat16, sharding=put)] * 3
+    lowered = jax.jit(masked_attention).trace(*args).lower(lowering_platforms=("tpu",))
+    text = lowered.compile().runtime_executable().hlo_modules()[0].to_string()
+    assert text.count(" exponential(") == text.count("reduce-window(") == 1
+
+
 @pytest.mark.libtpu
 @pytest.mark.parametrize(("of", "scale", "places", "heads", "what"), SOFTMAXES)
 def test_the_tpu_compiler_keeps_as_much_of_a_softmax(

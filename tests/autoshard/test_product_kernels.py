@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec
 
 import autoshard
+from autoshard.hlo import read
+from autoshard.targets import target_devices
 from autoshard.trace import trace
 from passes.attention import NONE
 from passes.decisions import decide
@@ -101,6 +103,55 @@ def test_the_tpu_compiler_takes_longer_for_two_computed_operands() -> None:
     found = compiled(of_computed, "v5p:1x1x1", *DEEP)
     assert found > 1.4 * compiled(product, "v5p:1x1x1", DEEP[0], array(2048, 8192))
     assert predicted(of_computed, "v5p:1x1x1", *DEEP) == pytest.approx(found, rel=0.2)
+
+
+def handed_on(x: Any, w: Any) -> Any:
+    """A product whose result another one reads at once: it stays in VMEM."""
+    y = x @ w
+    return jnp.matmul(y.T, y, preferred_element_type=F32)
+
+
+NEAR = array(4096, 512), array(512, 1024)
+
+
+def of_product(fn: Callable[..., Any], cluster: str) -> float:
+    """Seconds of the first product of a function of NEAR."""
+    graph = trace(fn, *NEAR).graph
+    on, mesh = autoshard.cluster(cluster), Mesh(("data",), (1,))
+    fusion = fuse(graph, on.platform, NONE)
+    cost = OpCost(graph, fusion, mesh, on, links_of(on, mesh), Layouts(mesh.sizes))
+    op = next(op for op in graph.ops if op.name == "dot_general")
+    return cost.seconds(op, (-1,))
+
+
+def test_on_v6e_a_narrow_result_costs_nothing_more_where_it_stays_in_vmem() -> None:
+    share = {c: of_product(handed_on, c) / of_product(product, c) for c in ("v5e:1x1", "v6e:1x1")}
+    assert share["v5e:1x1"] > 0.65
+    assert share["v6e:1x1"] < 0.4
+
+
+def read_by_another_kernel(x: Any, w: Any) -> Any:
+    """As `handed_on`, but XLA:TPU can not make one kernel of both."""
+    y = jax.lax.optimization_barrier(x @ w)
+    return jnp.exp(y.astype(F32)).sum(-1)
+
+
+def seconds_of_kernel(fn: Callable[..., Any], cluster: str) -> float:
+    """Seconds that XLA:TPU counts for the kernel of the only product of a function of NEAR."""
+    on = autoshard.cluster(cluster)
+    put = jax.sharding.SingleDeviceSharding(target_devices(on)[0])
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=put) for a in NEAR]
+    text = jax.jit(fn).lower(*args).compile().runtime_executable().hlo_modules()[0].to_string()
+    found = [i for i in read(text).entry.instructions if i.op_name.endswith("dot_general")]
+    return sum(i.cycles or 0 for i in found) / (float(on.compiler["clock_rate_ghz"]) * 1e9)
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize("cluster", ["v5e:1x1", "v6e:1x1"])
+def test_the_tpu_compiler_counts_as_much_for_a_result_that_stays_in_vmem(cluster: str) -> None:
+    found = seconds_of_kernel(read_by_another_kernel, cluster)
+    assert of_product(handed_on, cluster) == pytest.approx(found, rel=0.35)
+    assert (found < 0.4 * seconds_of_kernel(product, cluster)) == (cluster == "v6e:1x1")
 
 
 def gradient(x: Any, dy: Any) -> Any:
