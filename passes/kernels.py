@@ -7,7 +7,7 @@ bytes are, because it is they that are split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -16,6 +16,7 @@ from passes.chains import PRODUCTS, Chains, reduces
 from passes.handed_on import FAR, waiting
 from passes.ir.graph import Op
 from passes.liveness import IN_PLACE
+from passes.turned import is_computed, makes_turned
 
 # (primitive, dtype, elements computed, FLOP)
 Work = tuple[tuple[str, str, float, float], ...]
@@ -43,7 +44,9 @@ class Traffic:
     work: likewise, by primitive and dtype, the elements that are computed and their FLOP.
     kernels: how many it starts. wide: whether a whole array of 32-bit elements is written.
     runs: how often a product is multiplied. update: behind a product. written: what a product's
-    kernel writes of as many elements as it makes, each as in moved.
+    kernel writes of as many elements as it makes, each as in moved. turned: per tensor the bytes
+    of arguments and results that lie in rows while it works in columns (`passes.turned`); empty
+    where it does not.
     """
 
     moved: tuple[tuple[tuple[float, int], ...], ...]
@@ -53,6 +56,7 @@ class Traffic:
     runs: int = 1
     update: Update | None = None
     written: tuple[tuple[float, int], ...] = ()
+    turned: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -99,6 +103,7 @@ class Kernels:
         self.graph, self.chains, self.attention = chains.graph, chains, attention
         self.values, self.nbytes, self.inside = self.graph.values, chains.nbytes, attention.inside
         self.far = far
+        self.started: list[Kernel] = []
         self.made: dict[int, Kernel] = {}
         self.read: dict[int, Kernel] = {}
         self.barred: set[int] = set()  # values that went through a barrier
@@ -108,11 +113,13 @@ class Kernels:
         self.count: dict[int, int] = {}  # kernels that an operation starts
         self.wide: set[int] = set()  # operations
         self.of_gradients: dict[int, Kernel] = {}  # by the product that makes the gradient
+        self.computed: set[tuple[int, int]] = set()  # operands: (product, number)
 
     def start(self, op: Op, elements: int, product: Op | None = None) -> Kernel:
         """A new kernel, over so many elements."""
         self.count[op.id] = 1
-        return Kernel(op.id, op.region, elements, product)
+        self.started.append(Kernel(op.id, op.region, elements, product))
+        return self.started[-1]
 
     def join(self, op: Op, behind: Behind, elements: int) -> Kernel:
         """The kernel an operation runs in: one that has what it reads at hand, or a new one.
@@ -170,6 +177,8 @@ class Kernels:
     def pay(self, kernel: Kernel, at: tuple[int, int], behind: Behind) -> None:
         """Reads that the kernel has not paid yet, and what is computed on the way."""
         kernel.payers[at[0]] = None
+        if kernel.id == at[0] and is_computed(self.graph, behind.ops):
+            self.computed.add(at)
         for v, nbytes in behind.leaves.items():
             if v not in kernel.reads and self.made.get(v) is not kernel:
                 kernel.reads.add(v)
@@ -249,7 +258,51 @@ class Kernels:
                 by = tuple(known.setdefault(paid[o], paid[o]) for o in kernel.payers)
                 update = Update((float(self.nbytes[v]), wait.get(v, FAR)), by)
                 paid[number] = replace(paid[number], update=update)
+        for o in self._in_columns():
+            paid[o] = replace(paid[o], turned=self._laid_in_rows(self.graph.ops[o]))
         return tuple(known.setdefault(found, found) for found in paid)
+
+    def _in_columns(self) -> Iterator[int]:
+        """What pays for updates by gradients made in columns, and for what goes on with them."""
+        kernels = set[int]()
+        for number, kernel in self.of_gradients.items():
+            product = self.graph.ops[number]
+            if makes_turned(self.graph, product, {*self.computed, *self._masked(product)}):
+                kernels.add(kernel.id)
+        for kernel in self.started if kernels else ():
+            made = (self.made[v] for v in kernel.reads if v in self.made)
+            if kernel.id in kernels or any(
+                m.id in kernels and m.elements == kernel.elements for m in made
+            ):
+                kernels.add(kernel.id)
+                yield from kernel.payers
+
+    def _laid_in_rows(self, op: Op) -> tuple[float, ...]:
+        given, count = self.chains.producers, len(op.inputs)
+        return tuple(
+            sum(
+                n
+                for v, n in self.moved.get((op.id, k), ())
+                if (given[v] < 0 if k < count else v in self.chains.results)
+            )
+            for k in range(count + len(op.outputs))
+        )
+
+    def _masked(self, op: Op) -> Iterator[tuple[int, int]]:
+        """Operands that it masks by itself: those that no other product reads.
+
+        XLA:TPU keeps what was made before the mask (a sum of the masked runs in the kernel that
+        makes it). What two products read it keeps masked, where there is such a sum.
+        """
+        for k, v in enumerate(op.inputs):
+            maker = self.made.get(v)
+            select = self.graph.ops[self.chains.producers[v]] if maker is not None else None
+            if maker is None or maker.product is None or select is None:
+                continue
+            masks = select.name == "select_n" and self.chains.is_sign(select.inputs[0])
+            readers = (self.graph.ops[c] for c, _ in self.chains.consumers[v])
+            if masks and sum(r.name in PRODUCTS for r in readers) == 1:
+                yield op.id, k
 
     def _paid(self, op: Op, wait: Mapping[int, int]) -> Traffic:
         tensors = range(len(op.inputs) + len(op.outputs))

@@ -322,7 +322,23 @@ class OpCost:
             time = vector_seconds(chip, op.name, elements, moved, dtype, True)
             return max(local.work, time) + self._laid_anew(op, strategy)
         elements = max(self._elements_of(op, strategy), default=0.0)
-        return self._kernel(traffic, elements, moved, local.work, self._rows(op, strategy))
+        time = self._kernel(traffic, elements, moved, local.work, self._rows(op, strategy))
+        return time + self._turned(op, traffic.turned, strategy) if traffic.turned else time
+
+    def _turned(self, op: Op, turned: Sequence[float], strategy: Strategy) -> float:
+        """Seconds to lay in columns what an update reads of the state, and to lay back the new.
+
+        A copy reads from VMEM, or writes there, what is small. An array of fewer columns than lanes
+        lies in columns anyway.
+        """
+        f = self.chip.fitted
+        if f is None or not f.turned_stream:
+            return 0.0
+        ins, outs = self.layouts.of(op.rule, strategy)
+        if self._local_shape(op.outputs[0], outs[0])[-1] < LANES:
+            return 0.0
+        of = (n / _shards(axes, self.sizes) for n, axes in zip(turned, (*ins, *outs), strict=True))
+        return sum(n * (2 if n > self.near else 1) for n in of) / f.turned_stream
 
     def _kernel(
         self, traffic: Traffic, elements: float, moved: float, work: float, rows: int

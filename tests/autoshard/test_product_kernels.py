@@ -255,6 +255,59 @@ def test_an_update_that_waits_for_all_gradients_runs_by_itself() -> None:
     assert all(t.update is None for t in fuse(graph, "tpu", NONE).traffic)
 
 
+def masked(x: Any, dy: Any, h: Any, w: Any, m: Any) -> Any:
+    """The gradient of a layer behind which a ReLU stands, and the update."""
+    return updated(x, jnp.where(h > 0, dy, 0), w, m)
+
+
+def of_masked(x: Any, dy: Any, h: Any, w: Any, m: Any) -> Any:
+    return updated(jnp.where(h > 0, x, 0), dy, w, m)
+
+
+def of_swapped(n: int = 2048) -> tuple[jax.ShapeDtypeStruct, ...]:
+    x, state = array(2048, n), array(n, n, dtype=F32)
+    return x, x, x, state, state
+
+
+def test_on_v6e_state_is_laid_in_columns_where_the_second_operand_of_its_gradient_is_computed() -> (
+    None
+):
+    """Four copies of 16 MiB, one side of each in VMEM."""
+    found = [predicted(f, "v6e:1x1", *of_swapped()) for f in (masked, of_masked)]
+    assert found[0] - found[1] == pytest.approx(4 * 2**24 / 697e9, rel=0.05)
+    for chip in ("v5e:1x1", "v5p:1x1x1"):
+        found = [predicted(f, chip, *of_swapped()) for f in (masked, of_masked)]
+        assert found[0] == pytest.approx(found[1], rel=0.01)
+
+
+def test_the_state_of_a_first_layer_is_laid_in_columns() -> None:
+    """Its gradient masks by itself what no other product reads; the next one computes its ReLU."""
+
+    def step(x: Any, w: Any, v: Any, m: Any, n: Any) -> Any:
+        def loss(w: Any, v: Any) -> Any:
+            return (jax.nn.relu(x @ w) @ v).sum()
+
+        of_w, of_v = jax.grad(loss, (0, 1))(w, v)
+        m, n = 0.9 * m + of_w, 0.9 * n + of_v
+        return w - 0.1 * m, v - 0.1 * n, m, n
+
+    w, v = array(512, 2048, dtype=F32), array(2048, 512, dtype=F32)
+    graph = trace(step, array(1024, 512, dtype=F32), w, v, w, v).graph
+    turned = {o: t.turned for o, t in enumerate(fuse(graph, "tpu").traffic) if t.turned}
+    assert {graph.values[graph.ops[o].outputs[0]].shape for o in turned} == {(512, 2048)}
+    assert sum(map(sum, turned.values())) == 4 * 4 * 512 * 2048
+
+
+@pytest.mark.libtpu
+def test_the_tpu_compiler_lays_state_in_columns_on_v6e() -> None:
+    """Of 144 MiB, more than VMEM holds."""
+    args = of_swapped(6144)
+    turned, plain = (compiled(f, "v6e:1x1", *args) for f in (masked, of_masked))
+    assert turned > 2 * plain
+    assert predicted(masked, "v6e:1x1", *args) == pytest.approx(turned, rel=0.25)
+    assert predicted(of_masked, "v6e:1x1", *args) == pytest.approx(plain, rel=0.25)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**16))
 def test_a_problem_counts_updates_as_its_plan_does(seed: int) -> None:
