@@ -14,6 +14,8 @@ not offered.
 [('all_gather', 1), ('all_gather', 0)]
 >>> path((0, -1), (1, 0), (4, 2))  # what XLA is asked for in turn, so that it makes these moves
 ((1, -1), (1, 0))
+>>> path((0, 1), (-1, -1), (4, 2)), path((0, 0), (-1, -1), (4, 2))
+(((-1, 1), (-1, -1)), ((-1, -1),))
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def _in_order(
     for axis in order:
         kind = _move(state[axis], target[axis])
         turned = _interleaved(state, target[axis], axis)
-        if made and not (kind == made[-1].kind in ("slice", "all_gather") and not turned):
+        last = made[-1] if made else None
+        if last and (turned or not _as_one(last.kind, kind, source[last.axis] == state[axis])):
             asked.append(tuple(state))
         if turned and kind != "slice":
             made.append(Step("permute", axis, part, part))
@@ -151,6 +154,16 @@ def _in_order(
             made.append(Step("permute", axis, after, after))
         state[axis], part = target[axis], after
     return tuple(made), (*asked, tuple(target))
+
+
+def _as_one(last: StepKind, kind: StepKind, same_dim: bool) -> bool:
+    """Whether XLA is asked for two moves at once: slices, and gathers of one dim.
+
+    Asked for gathers of two dims it makes one, and lays what arrives anew to put the blocks of each
+    dim beside each other: two passes over all of it, a third of an MLP's compute for v6e and a
+    fifth for v5e (jax 0.10.2, libtpu 0.0.42.1).
+    """
+    return kind == last == "slice" or (kind == last == "all_gather" and same_dim)
 
 
 def _move(f: int, t: int) -> StepKind:

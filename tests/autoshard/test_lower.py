@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import autoshard
 from autoshard.mesh import DevicesError, device_mesh
 from autoshard.same_numbers import difference
+from autoshard.targets import target_devices
 from autoshard.trace import trace
 from passes.constraints import of_no_argument
 from passes.ir.mesh import Mesh
@@ -482,3 +483,21 @@ def test_what_a_loop_reads_is_whole_for_those_who_want_it_whole() -> None:
     text = plan.lower().compile().as_text()
     compiled = re.findall(r" (all-gather|all-reduce|all-to-all)\(", text)
     assert sorted(compiled) == sorted(planned)
+
+
+@pytest.mark.libtpu
+def test_a_gather_of_two_dims_lays_nothing_anew() -> None:
+    """As one gather the blocks of both dims arrive in a row, and are copied to their places."""
+    x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4096, 1024), (1024, 1024)))
+    hints = {"x": P("a", None), "w": P("a", "b")}
+    plan = autoshard.plan(
+        lambda x, w: autoshard.annotate(jnp.tanh(x @ autoshard.annotate(w, None, None)), "a", None),
+        *(x, w),
+        cluster="v5e:2x2",
+        mesh={"a": 2, "b": 2},
+        hints=hints,
+    )
+    assert [len(r.path) or len(r.through) for r in plan.data.reshards] == [2]
+    text = plan.lower(target_devices(autoshard.cluster("v5e:2x2"))).compile().as_text()
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 2
+    assert not re.findall(r"%copy[.\d]* = bf16", text)
