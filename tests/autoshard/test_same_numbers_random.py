@@ -422,9 +422,11 @@ def test_a_plans_time_is_what_the_problem_says(
 def test_the_problem_never_holds_more_memory_than_the_plan(
     steps: list[Step], grad: bool, sizes: dict[str, int], seed: int
 ) -> None:
-    """The problem leaves resharded copies and very small values out, and nothing else."""
+    """The problem leaves resharded copies and very small values out, and what is lent, in."""
     mesh = Mesh.of(sizes)
     priced = priced_on(traced_for(build(steps, grad, mesh), ARGS, {}, {}), mesh)
     choice = random_choice(priced, random.Random(seed))
     peak = float(priced.problem.memory(choice).max(initial=0.0))
-    assert peak <= cost_of(priced, choice).peak_memory + 1e-6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("passes.held.lent", lambda *_: [])
+        assert peak <= cost_of(priced, choice).peak_memory + 1e-6
