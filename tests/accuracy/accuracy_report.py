@@ -188,10 +188,11 @@ _STRANGERS = """
 ## Programs that no constant was fitted to
 
 Of those above, the plans of library_programs.py (flax, haiku, equinox) and further_programs.py. All
-constants but four were chosen without them; how much stays in VMEM (of operands, of results, and
-of what takes no HBM), and how much longer products of two computed operands take, over their plans
-too. Rules of what XLA fuses, keeps, and in which order it works, were found by looking
-at some of them, for v5e, v5p, v6e and H100.
+constants but seven were chosen without them; how much stays in VMEM (of operands, of results, and
+of what takes no HBM), how much longer products of two computed operands take, how many copies of
+tables lie there at once, how soon a slice behind a chain is taken, and how small a gather holds up
+none, over their plans too. Rules of what XLA fuses, keeps, and in which order it works, were found
+by looking at some of them, for v5e, v5p, v6e, A100 and H100.
 """
 
 
