@@ -1,10 +1,10 @@
 """Which pieces of a cut function are alike?  `form_of(cut, piece)`: equal for pieces that are.
 
 A model of equal layers gives equal pieces but for the first and the last, and one price does for
-all. The form of a piece is what its tasks and updates compute, from what: equations by name and the
-types of their results, places numbered as they come, with the types and views of what comes from
-outside. Parameters of equations are left out: who runs a piece by the plan of another compares the
-traced graphs (`autoshard.pipeline_costs`).
+all. The form of a piece is what its tasks and updates compute, from what: equations by name, the
+rules of their operations and the types of their results, places numbered as they come, with the
+types and views of what comes from outside. What no rule tells of an equation's parameters, such as
+where a slice begins, is left out, as a plan's signature leaves it out.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class _Form:
                 yield tuple(map(self.number, group.outs))
 
     def equations(self, found: Sequence[Equation]) -> Iterator[Any]:
-        """Names, and numbers of what goes in and comes out."""
+        """Names, rules, and numbers of what goes in and comes out."""
         for e in found:
             name = e.eqn.primitive.name if e.eqn is not None else ""
+            rules = self.cut.rules.get(e.path, ()) if name else ()
             ins = tuple(self.number(p) if isinstance(p, int) else str(p) for p in e.ins)
-            yield name, ins, tuple(map(self.number, e.outs))
+            yield name, rules, ins, tuple(map(self.number, e.outs))
 
     def number(self, p: int) -> Any:
         """The number of a place; where it is met for the first time, with what it is."""

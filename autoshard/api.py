@@ -92,7 +92,11 @@ def plan(
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Planning makes millions of small objects and few cycles: looking for those costs 10-30 %."""
+    """Planning makes millions of small objects and few cycles: looking for those costs 10-30 %.
+
+    What is left of them is put with the old objects, which the collector looks through less often:
+    else it would do so at once.
+    """
     if not gc.isenabled():
         yield
         return
@@ -100,6 +104,9 @@ def _no_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # nothing that the user keeps from the collector
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()
 
 

@@ -14,8 +14,9 @@ from autoshard.stage_programs import StagePrograms, stage_programs
 from autoshard.state import state_pairs
 from autoshard.time_axes import BATCH
 from autoshard.time_loop import Program
-from autoshard.trace import Traced
+from autoshard.trace import Path, Traced
 from passes.ir.plan import TimeAxis
+from passes.time_loop import unit_path
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class CutProgram:
             for p in (*self.made.whole(stage), *updates):
                 out.setdefault(p, set()).add(stage)
         return {p: frozenset(stages) for p, stages in out.items()}
+
+    @cached_property
+    def rules(self) -> Mapping[Path, tuple[str, ...]]:
+        """By the path of an equation the rules of its operations, those of its bodies too."""
+        texts: dict[int, str] = {}  # many operations share a rule
+        out: dict[Path, list[str]] = {}
+        for op in self.staged.loop.graph.ops:
+            if id(op.rule) not in texts:
+                texts[id(op.rule)] = str(op.rule)
+            out.setdefault(unit_path(op), []).append(texts[id(op.rule)])
+        return {path: tuple(rules) for path, rules in out.items()}
 
 
 def cut_program(

@@ -48,9 +48,13 @@ def pieced(
     *,
     count: int,
     weigh: Weigh = flops_of,
+    traced: Traced | None = None,
 ) -> Traced:
-    """A function with its scans over layers in so many pieces. Arguments as of `in_stages`."""
-    traced = trace(fn, *args, **options, **kwargs)
+    """A function with its scans over layers in so many pieces. Arguments as of `in_stages`.
+
+    traced: the function as it is, where that is known.
+    """
+    traced = traced or trace(fn, *args, **options, **kwargs)
     run = in_pieces(traced, count, weigh(traced.graph))
     return trace(_as(fn, options, traced, run), *args, **options, **kwargs)
 

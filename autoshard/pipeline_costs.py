@@ -120,14 +120,17 @@ class PipelineCosts:
         solver: str = "ilp",
         over: TimeAxis = BATCH,
         shared_update: bool | None = None,
+        traced: Traced | None = None,
     ) -> None:
         self.call = fn, args, kwargs, options
+        self.as_written = traced  # the function as it is, where that is known
         self.shared_update = shared_update  # whether groups share the update; None for the better
         self.cluster, self.limit, self.hints = cluster, limit, dict(hints or {})
         self.fused_attention, self.solver, self.over = fused_attention, solver, over
         self.weigh = partial(op_seconds, cluster=cluster, fused_attention=fused_attention)
         self.cuts: dict[tuple[int, int, bool], CutProgram] = {}
         self.pieced: dict[int, Traced] = {}
+        self.traced: dict[Any, tuple[StageStep, Traced]] = {}
         self.planned: dict[Any, StagePrice] = {}
         self.least: tuple[float, str] | None = None  # of what did not fit, the smallest: bytes
 
@@ -136,7 +139,9 @@ class PipelineCosts:
         key = form.steps, form.pieces, form.apart
         if key not in self.cuts:
             if form.pieces not in self.pieced:
-                self.pieced[form.pieces] = pieced(*self.call, count=form.pieces, weigh=self.weigh)
+                self.pieced[form.pieces] = pieced(
+                    *self.call, count=form.pieces, weigh=self.weigh, traced=self.as_written
+                )
             self.cuts[key] = cut_program(
                 *self.call,
                 steps=form.steps,
@@ -205,13 +210,15 @@ class PipelineCosts:
         return tuple(self._price(form, cut, k, limit) for k in range(form.pieces))
 
     def _price(self, form: Form, cut: CutProgram, piece: int, limit: float) -> StagePrice:
-        step = stage_of(cut, piece, form)
-        shape = form_of(cut, piece, bool(self.hints)), tuple(a.shape for a in step.avals)
-        key = shape, replace(form, stages=1, chunks=1), form.devices, limit
-        if key not in self.planned:
-            self.planned[key] = price_stage(
-                step,
-                traced_stage(step, cut.names),
+        used = form_of(cut, piece, bool(self.hints)), replace(form, stages=1, chunks=1)
+        key = *used, form.devices
+        if (key, limit) not in self.planned:
+            of_cut = key, form.pieces  # places are those of a cut
+            if of_cut not in self.traced:
+                step = stage_of(cut, piece, form)
+                self.traced[of_cut] = step, traced_stage(step, cut.names)
+            self.planned[key, limit] = price_stage(
+                *self.traced[of_cut],
                 self.cluster,
                 form.mesh,
                 limit,
@@ -222,7 +229,7 @@ class PipelineCosts:
                 self.solver,
                 self.over.name,
             )
-        return self.planned[key]
+        return self.planned[key, limit]
 
     def scheduled(
         self, form: Form, cut: CutProgram, prices: Sequence[StagePrice], name: str

@@ -124,7 +124,9 @@ def plan_stages(
     given = {k: v for k, v in asked.items() if v is not None}
     given |= {} if over.size == AUTO else {"microbatches": over.size}
     call = fn, args, kwargs, options
-    costs = PipelineCosts(*call, cluster, most, hints, fused_attention, solver, over, shared_update)
+    costs = PipelineCosts(
+        *call, cluster, most, hints, fused_attention, solver, over, shared_update, traced
+    )
     found = search_pipelines(costs, _with(wanted, given), progress)
     data = as_plan(found, traced, cluster, most, fused_attention, over, asked_of)
     return PipelinedPlan(data, found.best.cut)

@@ -1,20 +1,20 @@
 """How long does each operation take on one device?  To cut a function into parts as long as others.
 
-Prices as those of a search, without any sharding: `op_seconds(graph, cluster)`.
+Prices as those of a search, where there is one device and nothing to decide:
+`op_seconds(graph, cluster)`.
 """
 
 from __future__ import annotations
 
 from cost_models.cluster import Cluster
-from passes.answer import read_back
 from passes.attention import NONE, attention
 from passes.compiler import quotients_kept, tanh_bytes
-from passes.decisions import decide
 from passes.fusion import fuse
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
-from passes.liveness import liveness
-from passes.price import price
+from passes.meshes import links_of
+from passes.op_cost import OpCost
+from passes.strategies import NOWHERE, Layouts
 
 _ONE = Mesh(("model",), (1,))
 
@@ -23,6 +23,17 @@ def op_seconds(graph: Graph, cluster: Cluster, fused_attention: bool = False) ->
     """Seconds of each operation in one run of the function, by its number."""
     inside = attention(graph) if fused_attention else NONE
     fusion = fuse(graph, cluster.platform, inside, quotients_kept(cluster), tanh_bytes(cluster))
-    live = liveness(graph, fusion.stored)
-    priced = price(graph, _ONE, cluster, decide(graph, ()), live, fusion, float("inf"), ())
-    return read_back(priced, [0] * len(priced.problem.nodes)).seconds
+    cost = OpCost(graph, fusion, _ONE, cluster, links_of(cluster, _ONE), Layouts(_ONE.sizes))
+    trips = [graph.trips(r.id) for r in graph.regions]
+    known: dict[tuple[int, int, bool], float] = {}
+    out: list[float] = []
+    for op in graph.ops:
+        if op.is_link:
+            out.append(0.0)
+            continue
+        traffic = fusion.traffic[op.id]
+        key = id(op.rule), id(traffic), op.id in fusion.kept.one_pass
+        if key not in known:
+            known[key] = cost.seconds(op, (NOWHERE,), updates=traffic.update is not None)
+        out.append(known[key] * trips[op.region])
+    return tuple(out)
