@@ -17,7 +17,7 @@ from passes.ahead import first_gather, gathers_ahead, gathers_combined
 from passes.answer import Change
 from passes.compiler import sums_whole
 from passes.cut_chains import whole_beside_slices
-from passes.filled import copies_at_once, made_as_read
+from passes.filled import copies_at_once, made_ahead, made_as_read
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import Axes
 from passes.ir.sharding import PARTIAL, Sharding
@@ -61,6 +61,10 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
         axes = made.get(v, values[v])
         size = lying_bytes(v, graph.values[v].type.nbytes, axes, priced)
         yield Held(begin, end, size, v, axes, True)
+    if priced.cluster.platform == "gpu":
+        for v, begin, end in made_ahead(priced, values):
+            size = lying_bytes(v, priced.fusion.kept.of_value[v], values[v], priced)
+            yield Held(begin, end, size, v, values[v], True)
     for c, change in held_changes(priced, changed):
         if c.value not in made and (c.value not in slices or not takes_a_slice(graph, c)):
             yield change
