@@ -8,7 +8,7 @@ DLRM with 3, 5, 8 and 16 tables of one shape, split by rows and by columns, for 
 0.10.2.)
 
 So it is with what loops start with: stacks full of zeros, and what is carried from a constant on.
-Arrays of one shape and one constant are made for all loops ahead of the first of them (three layers'
+Arrays of one shape and one constant are made for all loops ahead of the first (three layers'
 attention over blocks of keys, each computed again in its backward half, for H100). XLA:TPU makes
 each where it is needed.
 """
