@@ -77,8 +77,8 @@ def tanh_bytes(cluster: Cluster) -> float:
 
 
 class Scheduler(NamedTuple):
-    """How a compiler orders a program. hides_latencies: constants come first, and gradients of a
-    loop's weights last. updates_late: new state outside loops comes after all of them. frees_first:
+    """How a compiler orders a program. hides_latencies: constants come first, and gradients of
+    weights last. updates_late: new state outside loops comes after all of them. frees_first:
     products that free more than they make come first.
     """
 
@@ -93,13 +93,14 @@ PLAIN = Scheduler()
 def scheduler(cluster: Cluster) -> Scheduler:
     """The scheduler of XLA for a cluster.
 
-    XLA:GPU hides latencies on H100, H200 and B200: it makes constants first, as they wait for
-    nothing, and the gradients of a loop's weights last, before the one sum of all of them (steps of
-    GPT, LLaMA and RetNet on 8 H100). On A100 both are made when it needs least memory (GPT, DLRM).
-    XLA:TPU keeps the gradient of a head, whole, while the loop over the layers runs backward, and
-    updates the head after it (steps of GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu
-    0.0.42.1).
+    XLA:GPU hides latencies on H100, H200 and B200, where there is more than one device: it makes
+    constants first, as they wait for nothing, and gradients of weights last, beside collectives: in
+    loops (steps of GPT, LLaMA and RetNet on 8 H100), and outside as `passes.late_gradients` says.
+    On one H100, and on A100, both are made when it needs least memory (MLP, GPT, DLRM). XLA:TPU
+    keeps the gradient of a head, whole, while the loop over the layers runs backward, and updates
+    the head after it (steps of GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu 0.0.42.1).
     """
     major = str(cluster.compiler.get("cuda_compute_capability", "0")).partition(".")[0]
     tpu = cluster.platform == "tpu"
-    return Scheduler(hides_latencies=int(major) >= 9, updates_late=tpu, frees_first=tpu)
+    hides = int(major) >= 9 and cluster.devices > 1
+    return Scheduler(hides_latencies=hides, updates_late=tpu, frees_first=tpu)

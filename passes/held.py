@@ -49,8 +49,8 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     """
     graph = priced.graph
     tpu = priced.cluster.platform == "tpu"
-    slices = sliced(priced, changed) if tpu else {}
     made = made_as_read(priced, changed)
+    slices = {v: s for v, s in sliced(priced, changed).items() if v not in made}
     yield from _values(priced, values, changed, slices, made)
     if priced.copied:
         yield from _laid_anew(priced, values, changed)
@@ -91,7 +91,8 @@ def _values(
             end, until, taken = slices[v]
             for c in taken:
                 size = lying_bytes(c.value, c.nbytes, c.target, priced)
-                yield Held(live.when[c.op], until, size, c.value, c.target, True)
+                start = live.when[c.op] if begin < end else begin
+                yield Held(start, until, size, c.value, c.target, True)
         if begin < end and v not in replaced:
             axes = made.get(v, axes)
             size = lying_bytes(v, kept.of_value[v], axes, priced)

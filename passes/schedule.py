@@ -6,9 +6,10 @@ longer than they must. A trace updates all of the state at the end; XLA's schedu
 what frees most memory first, do not (seen in compiled programs for TPU and GPU).
 
 Only what stores nothing but results of the function, or scalars, runs early: it needs no memory of
-its own. A scheduler that hides latencies makes constants first, too, and in a loop the gradients
-of stacked weights last; one that updates late leaves the updates to the end of all loops; one that
-frees first does as `passes.freeing` says. Other operations in loops stay where they are.
+its own. A scheduler that hides latencies makes constants first, too, and the gradients of weights
+last: in a loop's body those of stacked weights, outside of loops as `passes.late_gradients` says.
+One that updates late leaves the updates to the end of all loops; one that frees first does as
+`passes.freeing` says. Other operations in loops stay where they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from passes.chains import PRODUCTS
 from passes.compiler import PLAIN, Scheduler
 from passes.freeing import freed_early
 from passes.ir.graph import LOOPS, Graph
+from passes.late_gradients import run_last
 
 # Bytes of a value that is no reason to wait: a norm, a step count, a statistic of one dim.
 _SMALL = 1 << 16
@@ -41,8 +43,12 @@ def schedule(
         and not (op.region or op.effects or op.is_link)
         for op in graph.ops
     ]
-    after = _latest(graph, ready, aliases)
-    place = [(float(a), float(o)) for o, a in enumerate(after)]
+    base = [float(o) for o in range(len(graph.ops))]
+    late = run_last(graph, filled) if scheduler.hides_latencies else {}
+    for o, behind in late.items():
+        base[o] = behind
+    after = _latest(graph, ready, aliases, base)
+    place = [(base[a] if a >= 0 else -1.0, float(o)) for o, a in enumerate(after)]
     consumers = graph.consumers()
     for op in graph.ops if not scheduler.hides_latencies else ():
         if ready[op.id] and not filled.isdisjoint(op.outputs):
@@ -111,10 +117,15 @@ def _needs_little(graph: Graph, v: int) -> bool:
     return v in graph.outputs or graph.values[v].type.nbytes <= _SMALL
 
 
-def _latest(graph: Graph, ready: Sequence[bool], aliases: Sequence[tuple[int, int]]) -> list[int]:
+def _latest(
+    graph: Graph,
+    ready: Sequence[bool],
+    aliases: Sequence[tuple[int, int]],
+    base: Sequence[float],
+) -> list[int]:
     """Per operation the one after which it runs: itself, the last that it waits for, or -1.
 
-    ready: those that run as soon as they can.
+    ready: those that run as soon as they can. base: where the others run.
     """
     given = {result: v for v, result in aliases}
     producers, consumers = graph.producers(), graph.consumers()
@@ -123,7 +134,8 @@ def _latest(graph: Graph, ready: Sequence[bool], aliases: Sequence[tuple[int, in
         waits = [producers[v] for v in op.inputs]
         for old in (given[v] for v in op.outputs if v in given):
             waits += [reader for reader, _ in consumers[old] if reader < op.id]
-        last = max((_ends(graph, after[o])[1] for o in waits if o >= 0), default=-1)
+        ends = (_ends(graph, after[o])[1] if after[o] >= 0 else -1 for o in waits if o >= 0)
+        last = max(ends, key=lambda o: base[o] if o >= 0 else -1.0, default=-1)
         after.append(last if ready[op.id] else op.id)
     return after
 
