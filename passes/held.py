@@ -16,7 +16,7 @@ import numpy.typing as npt
 from passes.ahead import first_gather, gathers_ahead, gathers_combined
 from passes.answer import Change
 from passes.compiler import sums_whole
-from passes.cut_chains import whole_beside_slices
+from passes.cut_chains import whole_beside_slices, whole_parts
 from passes.filled import copies_at_once, made_ahead, made_as_read
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import Axes
@@ -57,6 +57,9 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     yield from _restacked(priced, values, changed)
     if tpu:
         yield from _spread(priced, values)
+        for begin, end, c in whole_parts(priced, changed):
+            size = lying_bytes(c.value, c.nbytes, c.source, priced)
+            yield Held(begin, end, size, c.value, c.source, True)
     for v, begin, end in copies_at_once(priced):
         axes = made.get(v, values[v])
         size = lying_bytes(v, graph.values[v].type.nbytes, axes, priced)

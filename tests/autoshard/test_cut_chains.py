@@ -1,4 +1,4 @@
-"""Behind a slice XLA:TPU keeps whole the first value of the chain that has another reader."""
+"""What XLA:TPU keeps whole for devices that each take a slice of it, or of what is made of it."""
 
 from typing import Any
 
@@ -49,3 +49,51 @@ def test_the_compiler_keeps_them_too(chain: Any) -> None:
     assert found is not None
     assert found.memory is not None
     assert plan.cost.peak_memory == pytest.approx(found.memory.peak, rel=0.1)
+
+
+BATCH, PLACES, HIDDEN = 4, 8192, 8192
+HALF = BATCH * PLACES * HIDDEN
+
+
+def halves(y: Any) -> list[Any]:
+    """All of a value in one operation."""
+    return jnp.split(y, 2, -1)
+
+
+def two_slices(y: Any) -> list[Any]:
+    """All of a value in two operations."""
+    return [y[..., : HIDDEN // 2], y[..., HIDDEN // 2 :]]
+
+
+def gated(parts: Any, columns: str | None = "x") -> autoshard.Plan:
+    """Hidden values come in columns, and so does the product of their halves."""
+
+    def hidden(h: Any, w: Any) -> Any:
+        value, gate = parts(autoshard.annotate(h @ w, None, None, columns))
+        return autoshard.annotate(value * jax.nn.gelu(gate), None, None, columns)
+
+    h, w = (jax.ShapeDtypeStruct(s, BF16) for s in ((BATCH, PLACES, 512), (512, HIDDEN)))
+    hints = {"h": jax.P(), "w": jax.P(None, columns)}
+    return autoshard.plan(hidden, h, w, cluster="tpu-v5e:2x2", mesh={"x": 4}, hints=hints)
+
+
+@pytest.mark.parametrize(
+    ("parts", "columns", "more"),
+    [(halves, "x", 2 * HALF), (two_slices, "x", 2 * HALF), (halves, None, 0)],
+)
+def test_halves_lie_whole_before_each_device_takes_its_columns(
+    parts: Any, columns: str | None, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = gated(parts, columns).cost.peak_memory
+    monkeypatch.setattr("passes.held.whole_parts", lambda *_: ())
+    assert peak - gated(parts, columns).cost.peak_memory == pytest.approx(more, rel=0.02)
+
+
+@pytest.mark.libtpu
+@pytest.mark.parametrize(("parts", "columns"), [(halves, "x"), (two_slices, "x"), (halves, None)])
+def test_the_compiler_writes_both_halves(parts: Any, columns: str | None) -> None:
+    plan = gated(parts, columns)
+    found = plan.verify().compiled
+    assert found is not None
+    assert found.memory is not None
+    assert plan.cost.peak_memory == pytest.approx(found.memory.peak, rel=0.15)
