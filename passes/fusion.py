@@ -19,6 +19,7 @@ from passes.chains import BARRIER, MOVES, PRODUCTS, Chains, reduces
 from passes.ir.graph import Graph, Op
 from passes.kernels import Behind, Kernel, Kernels, Traffic
 from passes.liveness import IN_PLACE
+from passes.own_softmax import own_softmaxes
 from passes.stored_bytes import StoredBytes, stored_bytes
 from passes.tile_padding import DOT, batch_dims, outer_dims, wasteful
 from passes.weight_casts import WeightCast, weight_casts
@@ -124,6 +125,10 @@ class _Fuser:
         self.again = {v: c.values[0] for c in casts for v in c.values[1:]}
         for cast in casts:
             self.could[cast.values[0]] = False
+        softmaxes = [s for s in own_softmaxes(self.graph) if s.slices] if self.tpu else []
+        laid_anew = [v for s in softmaxes for v in s.slices]
+        for v in (*(s.exp for s in softmaxes), *laid_anew):
+            self.could[v] = False
         self.ends = chains.ends(self.could)
         self.behind: dict[int, Behind] = {}
         self.inner: dict[int, Kernel] = {}  # values inside a product's kernel
@@ -131,6 +136,7 @@ class _Fuser:
         self.last: dict[int, Kernel] = {}  # what a product's kernel keeps at the end of its chain
         stacks = {c.values[0] for c in casts if c.parts > 1}
         self.kernels = Kernels(chains, attention, stacks)
+        self.kernels.lies_otherwise.update(laid_anew)
 
     def run(self) -> _Fuser:
         for op in self.graph.ops:

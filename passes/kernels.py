@@ -46,7 +46,8 @@ class Traffic:
     runs: how often a product is multiplied. update: behind a product. written: what a product's
     kernel writes of as many elements as it makes, each as in moved. turned: per tensor the bytes
     of arguments and results that lie in rows while it works in columns (`passes.turned`); empty
-    where it does not.
+    where it does not. anew: per tensor bytes and elements of what is laid anew before it is read
+    (`passes.own_softmax`); empty where nothing is.
     """
 
     moved: tuple[tuple[tuple[float, int], ...], ...]
@@ -57,6 +58,7 @@ class Traffic:
     update: Update | None = None
     written: tuple[tuple[float, int], ...] = ()
     turned: tuple[float, ...] = ()
+    anew: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -114,6 +116,8 @@ class Kernels:
         self.wide: set[int] = set()  # operations
         self.of_gradients: dict[int, Kernel] = {}  # by the product that makes the gradient
         self.computed: set[tuple[int, int]] = set()  # operands: (product, number)
+        self.lies_otherwise: set[int] = set()  # values that are laid anew for who reads them first
+        self.anew: dict[tuple[int, int], int] = {}  # those, by (operation, number)
 
     def start(self, op: Op, elements: int, product: Op | None = None) -> Kernel:
         """A new kernel, over so many elements."""
@@ -184,6 +188,9 @@ class Kernels:
                 kernel.reads.add(v)
                 self.read[v] = kernel
                 self.add(at, v, nbytes)
+            if v in self.lies_otherwise:
+                self.lies_otherwise.remove(v)
+                self.anew[at] = v
         self.run(kernel, at, behind.ops)
 
     def run(self, kernel: Kernel, at: tuple[int, int], ops: Iterable[int]) -> None:
@@ -260,6 +267,8 @@ class Kernels:
                 paid[number] = replace(paid[number], update=update)
         for o in self._in_columns():
             paid[o] = replace(paid[o], turned=self._laid_in_rows(self.graph.ops[o]))
+        for o in dict.fromkeys(o for o, _ in self.anew):
+            paid[o] = replace(paid[o], anew=self._laid(self.graph.ops[o]))
         return tuple(known.setdefault(found, found) for found in paid)
 
     def _in_columns(self) -> Iterator[int]:
@@ -286,6 +295,13 @@ class Kernels:
                 if (given[v] < 0 if k < count else v in self.chains.results)
             )
             for k in range(count + len(op.outputs))
+        )
+
+    def _laid(self, op: Op) -> tuple[tuple[float, float], ...]:
+        laid = (self.anew.get((op.id, k)) for k in range(len(op.inputs) + len(op.outputs)))
+        return tuple(
+            (0.0, 0.0) if v is None else (float(self.nbytes[v]), float(self.values[v].type.size))
+            for v in laid
         )
 
     def _masked(self, op: Op) -> Iterator[tuple[int, int]]:

@@ -113,7 +113,25 @@ class OpCost:
             time = compute_seconds(self.chip, local.flops, local.moved, self._dtype(op), True)
         else:
             time = self._elements(op, traffic, strategy, local)
+        if traffic.anew:
+            time += self._anew(op, traffic.anew, strategy)
         return time + self._halo(op, strategy) if facts.halos else time
+
+    def _anew(self, op: Op, anew: Sequence[tuple[float, float]], strategy: Strategy) -> float:
+        """Seconds to take slices of stacks in one kernel each, and to copy them in another.
+
+        What stays in VMEM takes next to no time.
+        """
+        ins, outs = self.layouts.of(op.rule, strategy)
+        total = 0.0
+        for (nbytes, elements), axes in zip(anew, (*ins, *outs), strict=True):
+            shards = _shards(axes, self.sizes)
+            if self.chip.fitted and nbytes / shards > _LAID_NEAR * self.vmem:
+                moved, wide = 2 * nbytes / shards, nbytes >= 4 * elements
+                for alone in (False, True):
+                    args = elements / shards, moved, wide, 0.0, alone
+                    total += kernel_seconds(self.chip, *args)
+        return total
 
     def _facts(self, op: Op, traffic: Traffic) -> _Facts:
         kinds = tuple(self.graph.values[v].type.dtype for v in op.inputs[:2])
