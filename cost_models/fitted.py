@@ -52,7 +52,8 @@ class Fitted:
     product_sum_stream: bytes/s of a product's kernel that also reduces what it makes, whose
     elements then cost nothing more; 0: as of others. turned_stream: bytes/s of a copy from rows to
     columns, or back, where the compiler swaps the operands of a product (`passes.turned`); 0: it
-    swaps none. unit: elements along a side of the matrix
+    swaps none. tile_folded: for a tile whose rows a lone kernel adds up, or spreads one row over
+    (`passes.bags`); 0: as of others. unit: elements along a side of the matrix
     unit. vmem: bytes of memory on the chip. handed_on: the share of it up to which copies and sums
     stay there; 0 where kernels hand on nothing (`passes.handed_on` tells how much of their results
     they do). quotients_kept: 1 where a quotient that is made narrower is kept for all who read it,
@@ -75,6 +76,7 @@ class Fitted:
     product_computed: float
     product_sum_stream: float
     turned_stream: float
+    tile_folded: float
     unit: int
     vmem: float
     handed_on: float

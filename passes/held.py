@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from passes.ahead import first_gather, gathers_ahead, gathers_combined
 from passes.answer import Change
+from passes.bags import bags, tile_bytes
 from passes.compiler import sums_whole
 from passes.cut_chains import whole_beside_slices, whole_parts
 from passes.filled import copies_at_once, made_ahead, made_as_read
@@ -57,6 +58,7 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     yield from _restacked(priced, values, changed)
     if tpu:
         yield from _spread(priced, values)
+        yield from _in_tiles(priced, values)
         for begin, end, c in whole_parts(priced, changed):
             size = lying_bytes(c.value, c.nbytes, c.source, priced)
             yield Held(begin, end, size, c.value, c.source, True)
@@ -161,6 +163,18 @@ def _spread(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
             if wasteful(shape, outer):
                 size = local_bytes(kept.sent(v, (op.id, k) in kept.narrow), values[v], priced)
                 yield Held(step, step + 1, size * padded(shape, outer), v, values[v], True)
+
+
+def _in_tiles(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
+    """Bags of short rows, each row along the lanes of a tile, while they are added up or made."""
+    graph, sizes = priced.graph, priced.mesh.sizes
+    fitted = priced.cluster.chip.fitted
+    for o, v in bags(graph).items() if fitted is not None and fitted.tile_folded else ():
+        shape = Sharding(values[v]).local_shape(graph.values[v].shape, sizes)
+        nbytes = tile_bytes(shape, graph.values[v].type.bits)
+        if nbytes:
+            step = priced.live.when[o]
+            yield Held(step, step + 1, nbytes, v, values[v], True)
 
 
 def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:

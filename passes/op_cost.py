@@ -18,6 +18,7 @@ from cost_models.product import conv_seconds, fetched_ahead, product_seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink
 from cost_models.vector import kernel_seconds, tile_rows, vector_seconds, work_seconds
+from passes.bags import bags, tile_bytes, tiles
 from passes.chains import MOVES, PRODUCTS
 from passes.fusion import Fusion
 from passes.handed_on import FAR, moved_part
@@ -89,6 +90,7 @@ class OpCost:
         self.mesh, self.sizes, self.chip, self.links = mesh, mesh.sizes, cluster.chip, links
         f = cluster.chip.fitted
         self.overwritten = overwritten(graph) if f else {}
+        self.bags = bags(graph) if f and f.tile_folded else {}
         self.near = f.handed_on * f.vmem if f else 0.0  # what is copied stays there up to this size
         self.vmem = f.vmem if f and f.handed_on else 0.0  # where kernels hand results on
         self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
@@ -339,9 +341,27 @@ class OpCost:
                 return time + chip.kernel_latency
             time = vector_seconds(chip, op.name, elements, moved, dtype, True)
             return max(local.work, time) + self._laid_anew(op, strategy)
+        if op.id in self.bags and (bags_take := self._bags(op, strategy, local)):
+            return bags_take
         elements = max(self._elements_of(op, strategy), default=0.0)
         time = self._kernel(traffic, elements, moved, local.work, self._rows(op, strategy))
         return time + self._turned(op, traffic.turned, strategy) if traffic.turned else time
+
+    def _bags(self, op: Op, strategy: Strategy, local: _Local) -> float:
+        """Seconds to add up bags of rows, or spread over them, and to copy rows into tiles.
+
+        0 where they take what others do.
+        """
+        f, v = self.chip.fitted, self.bags[op.id]
+        ins, outs = self.layouts.of(op.rule, strategy)
+        shape = self._local_shape(v, ins[0] if v in op.inputs else outs[0])
+        if f is None or not tiles(shape):
+            return 0.0
+        nbytes = tile_bytes(shape, self.graph.values[v].type.bits)
+        time = max(tiles(shape) * f.tile_folded, (local.moved + nbytes) / f.stream)
+        if nbytes:
+            time += kernel_seconds(self.chip, 0.0, nbytes * (1 + shape[-1] / LANES), True)
+        return f.start + time
 
     def _turned(self, op: Op, turned: Sequence[float], strategy: Strategy) -> float:
         """Seconds to lay in columns what an update reads of the state, and to lay back the new.
