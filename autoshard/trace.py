@@ -18,6 +18,7 @@ import numpy as np
 import passes.rules  # noqa: F401  (registers the hand-written rules)
 from autoshard.jax_compat import Literal, is_backward, open_jaxpr, scan_counts
 from autoshard.jit_options import static_places
+from autoshard.raveled import as_they_are
 from autoshard.shardy import shardy_rule
 from autoshard.signature import signature, type_of
 from autoshard.sources import source_of
@@ -76,6 +77,8 @@ def trace(
 ) -> Traced:
     """Trace fn on arrays or jax.ShapeDtypeStructs; nothing is allocated, compiled or run.
 
+    Products of flattened arrays read these as they were (`autoshard.raveled`).
+
     Whatever `jax.jit` raises for a function or an argument it refuses comes through unchanged.
     """
     jitted = jax.jit(
@@ -90,7 +93,8 @@ def trace(
         *(a if i in numbers else jax.tree.map(_unplaced, a) for i, a in enumerate(args)),
         **{k: a if k in fixed else jax.tree.map(_unplaced, a) for k, a in kwargs.items()},
     )
-    jaxpr, consts = open_jaxpr(traced.jaxpr)
+    closed = as_they_are(traced.jaxpr)
+    jaxpr, _ = open_jaxpr(closed)
     infos = jax.tree.leaves(traced.args_info)
     donated = tuple(bool(getattr(i, "donated", False)) for i in infos)
     names = _argument_names(jaxpr, len(jaxpr.invars))
@@ -116,10 +120,9 @@ def trace(
         hints=tuple(builder.hints),
         notes=tuple(dict.fromkeys(builder.notes)),
     )
-    del consts
     return Traced(
         graph,
-        traced.jaxpr,
+        closed,
         traced.in_tree,
         traced.out_tree,
         tuple(v.aval for v in jaxpr.invars),
