@@ -18,7 +18,7 @@ import numpy as np
 import passes.rules  # noqa: F401  (registers the hand-written rules)
 from autoshard.jax_compat import Literal, is_backward, open_jaxpr, scan_counts
 from autoshard.jit_options import static_places
-from autoshard.raveled import as_they_are
+from autoshard.restated import restated
 from autoshard.shardy import shardy_rule
 from autoshard.signature import signature, type_of
 from autoshard.sources import source_of
@@ -77,7 +77,7 @@ def trace(
 ) -> Traced:
     """Trace fn on arrays or jax.ShapeDtypeStructs; nothing is allocated, compiled or run.
 
-    Products of flattened arrays read these as they were (`autoshard.raveled`).
+    What is said in a roundabout way is said plainly (`autoshard.restated`).
 
     Whatever `jax.jit` raises for a function or an argument it refuses comes through unchanged.
     """
@@ -93,7 +93,7 @@ def trace(
         *(a if i in numbers else jax.tree.map(_unplaced, a) for i, a in enumerate(args)),
         **{k: a if k in fixed else jax.tree.map(_unplaced, a) for k, a in kwargs.items()},
     )
-    closed = as_they_are(traced.jaxpr)
+    closed = restated(traced.jaxpr)
     jaxpr, _ = open_jaxpr(closed)
     infos = jax.tree.leaves(traced.args_info)
     donated = tuple(bool(getattr(i, "donated", False)) for i in infos)
