@@ -29,6 +29,9 @@ SAME = frozenset({"loop_enter", "region_enter", "region_exit", BARRIER})
 # What only says how a value lies; nothing is left of it in a compiled program.
 SAYS = frozenset({"autoshard_annotate", "sharding_constraint"})
 
+# Which place is sought, and what stands there.
+_PLACES = {"argmax": "reduce_max", "argmin": "reduce_min"}
+
 # Roots that read one value are told apart up to this many; more makes no difference.
 _MANY = 8
 # Operations between two places of a product's chain where all of it is one value: of GELU's
@@ -306,6 +309,23 @@ def reduces(op: Op) -> bool:
         and not op.rule.fuses
         and len(op.inputs) == 1
         and any(f.kind == "reduction" for f in op.rule.factors)
+    )
+
+
+def picks_the_largest(graph: Graph, consumers: Sequence[Sequence[tuple[int, int]]], op: Op) -> bool:
+    """Whether it is an argmax, or the maximum along dims whose argmax is wanted, too.
+
+    XLA:TPU makes both in one kernel, which no product's can be (for v5e, v5p and v6e; jax 0.10.2,
+    libtpu 0.0.42.1). Likewise of the least.
+    """
+    if op.name in _PLACES:
+        return True
+    if op.name not in _PLACES.values():
+        return False
+    beside = (graph.ops[c] for c, _ in consumers[op.inputs[0]])
+    return any(
+        _PLACES.get(o.name) == op.name and o.params.get("axes") == op.params.get("axes")
+        for o in beside
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from passes.attention import NONE, Attention
-from passes.chains import BARRIER, MOVES, PRODUCTS, Chains, reduces
+from passes.chains import BARRIER, MOVES, PRODUCTS, Chains, picks_the_largest, reduces
 from passes.ir.graph import Graph, Op
 from passes.kernels import Behind, Kernel, Kernels, Traffic
 from passes.liveness import IN_PLACE
@@ -39,6 +39,7 @@ class Fusion:
 
     kept: bytes of values as they are kept and sent. filled: constants made as arrays. outer: per
     value dims that are not minor in memory, on TPU. casts: weights that are converted once.
+    together: values made by a kernel that makes others, too, on TPU.
     """
 
     stored: tuple[bool, ...]
@@ -47,6 +48,7 @@ class Fusion:
     filled: frozenset[int] = frozenset()
     outer: tuple[frozenset[int], ...] = ()
     casts: tuple[WeightCast, ...] = ()
+    together: frozenset[int] = frozenset()
 
     @property
     def parts(self) -> dict[int, int]:
@@ -67,7 +69,7 @@ def fuse(
     quotients_kept: as of `cost_models.fitted`. tanh_bytes: as of `passes.compiler`.
     """
     kept = stored_bytes(graph, platform)
-    casts = weight_casts(graph) if platform == "tpu" else ()
+    casts = weight_casts(graph, kept) if platform == "tpu" else ()
     chains = Chains(graph, kept.of_value, platform == "tpu")
     fuser = _Fuser(chains, inside, casts, quotients_kept, tanh_bytes).run()
     if platform == "tpu":
@@ -82,7 +84,8 @@ def fuse(
         (s or v in filled) and v not in inside.inside for v, s in enumerate(fuser.stored)
     )
     outer = outer_dims(graph) if platform == "tpu" else ()
-    return Fusion(stored, fuser.kernels.traffic(), kept, filled, outer, casts)
+    together = fuser.kernels.together() if platform == "tpu" else frozenset[int]()
+    return Fusion(stored, fuser.kernels.traffic(), kept, filled, outer, casts, together)
 
 
 def _filled(graph: Graph) -> frozenset[int]:
@@ -238,7 +241,7 @@ class _Fuser:
         readers = {c for c, _ in self.consumers[end]}
         if goes_on and end not in self.chains.results and len(readers) == 1:
             only = self.graph.ops[min(readers)]
-            if reduces(only) or only.name == "scan_stack":
+            if (reduces(only) and not self._picks(only)) or only.name == "scan_stack":
                 self.inner[end] = kernel
                 self.stored[end] = False
                 return
@@ -338,7 +341,7 @@ class _Fuser:
         for v in op.inputs:
             whole.add(self._source(v))
         kernel = next((self.inner[v] for v in op.inputs if v in self.inner), None)
-        kernel = kernel or self.kernels.join(op, whole, elements)
+        kernel = kernel or self.kernels.join(op, whole, elements, self._picks(op))
         product = kernel.product
         count = len(op.inputs)
         for k, v in enumerate(op.inputs):
@@ -352,6 +355,9 @@ class _Fuser:
                 self.kernels.keep(kernel, own, v)
                 if late:
                     kernel.late.add(v)
+
+    def _picks(self, op: Op) -> bool:
+        return self.tpu and picks_the_largest(self.graph, self.consumers, op)
 
     def _opaque(self, op: Op) -> None:
         """It reads and writes all of its tensors; where its rule says what it moves, no more."""

@@ -7,6 +7,7 @@ bytes are, because it is they that are split.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -125,9 +126,10 @@ class Kernels:
         self.started.append(Kernel(op.id, op.region, elements, product))
         return self.started[-1]
 
-    def join(self, op: Op, behind: Behind, elements: int) -> Kernel:
+    def join(self, op: Op, behind: Behind, elements: int, apart: bool = False) -> Kernel:
         """The kernel an operation runs in: one that has what it reads at hand, or a new one.
 
+        apart: it can not run in a product's.
         An update has one of its own: its gradient may have to be summed before. `Update` says
         where else it could run.
         """
@@ -138,6 +140,8 @@ class Kernels:
         for v in sorted(large, key=lambda v: (-behind.leaves[v], v)):
             for kernel in (self.made.get(v), self.read.get(v)):
                 if kernel is None or not self._fits(kernel, op, behind, elements):
+                    continue
+                if apart and kernel.product is not None:
                     continue
                 if kernel.product is None or not self._is_update(behind, elements):
                     self._look_at_update(kernel, behind)
@@ -253,6 +257,11 @@ class Kernels:
                 return True
             op = self.graph.ops[self.chains.producers[v]]
         return False
+
+    def together(self) -> frozenset[int]:
+        """Values that are made by a kernel that makes others, too."""
+        count = Counter(kernel.id for kernel in self.made.values())
+        return frozenset(v for v, kernel in self.made.items() if count[kernel.id] > 1)
 
     def traffic(self) -> tuple[Traffic, ...]:
         """What every operation pays; equal ones are one object."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
+from passes.chains import MOVES
 from passes.compiler import PLAIN, Scheduler
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.schedule import schedule
@@ -54,11 +55,13 @@ def liveness(
     filled: Set[int] = frozenset(),
     scheduler: Scheduler = PLAIN,
     casts: Sequence[WeightCast] = (),
+    together: Set[int] = frozenset(),
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
     aliases: (donated input, output) pairs that share a buffer. filled: as of `schedule`. casts:
-    weights that are converted once.
+    weights that are converted once. together: values made by a kernel that makes others, too; what
+    reads them last does not overwrite them.
     """
     order = schedule(graph, has_memory, aliases, filled, scheduler)
     when = [0] * len(order)
@@ -76,8 +79,12 @@ def liveness(
     _read(graph, when, home, end)
     _convert_once(graph, casts, begin, end, when)
     _computed_again(graph, stored, end)
+    makers = graph.producers()
     for op in graph.ops:
-        _work_in_place(graph, op, stored, lent, home, end, when[op.id])
+        read = _overwritable(graph, makers, stored, op)
+        if op.rule.fuses:
+            read = [v for v in read if v not in together]
+        _work_in_place(graph, op, read, stored, lent, home, end, when[op.id])
     for v in lent:
         stored[v] = False
     idle = [(g, end[g], begin[r]) for g, r in aliases if g not in carried]
@@ -180,9 +187,30 @@ def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> Non
                     end[u] = max(end[u], end[v])
 
 
+def _overwritable(graph: Graph, makers: Sequence[int], stored: Sequence[bool], op: Op) -> list[int]:
+    """Values with memory that an operation reads, itself or element by element in its kernel."""
+    out: list[int] = []
+    seen = set[int]()
+    todo = list(reversed(op.inputs))
+    while todo:
+        v = todo.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if stored[v]:
+            out.append(v)
+            continue
+        maker = graph.ops[makers[v]] if makers[v] >= 0 else op
+        inside = maker is not op and maker.rule.fuses and maker.region == op.region
+        if inside and maker.name not in MOVES and not maker.is_link:
+            todo += reversed(maker.inputs)
+    return out
+
+
 def _work_in_place(
     graph: Graph,
     op: Op,
+    read: Sequence[int],
     stored: Sequence[bool],
     lent: set[int],
     home: Sequence[int],
@@ -195,7 +223,7 @@ def _work_in_place(
         return
     for result in op.outputs:
         nbytes = graph.values[result].type.nbytes
-        for v in op.inputs if stored[result] else ():
+        for v in read if stored[result] else ():
             dies = stored[v] and end[v] == step + 1 and home[v] == op.region
             if dies and graph.values[v].type.nbytes == nbytes:
                 end[v] = step

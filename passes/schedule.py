@@ -16,14 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 
-from passes.chains import PRODUCTS
+from passes.chains import PRODUCTS, reduces
 from passes.compiler import PLAIN, Scheduler
 from passes.freeing import freed_early
-from passes.ir.graph import LOOPS, Graph
+from passes.ir.graph import LOOPS, Graph, Op
 from passes.late_gradients import run_last
 
 # Bytes of a value that is no reason to wait: a norm, a step count, a statistic of one dim.
 _SMALL = 1 << 16
+
+# How many times less a reduction makes than it reads, so that it is no reason to wait either.
+_FAR_LESS = 16
 
 
 def schedule(
@@ -39,8 +42,11 @@ def schedule(
     filled: constants that are made as arrays.
     """
     ready = [
-        all(not stored[v] or v in filled or _needs_little(graph, v) for v in op.outputs)
-        and not (op.region or op.effects or op.is_link)
+        not (op.region or op.effects or op.is_link)
+        and (
+            all(not stored[v] or v in filled or _needs_little(graph, v) for v in op.outputs)
+            or (scheduler.frees_first and _sums_up(graph, op))
+        )
         for op in graph.ops
     ]
     base = [float(o) for o in range(len(graph.ops))]
@@ -115,6 +121,17 @@ def _gradients(graph: Graph) -> dict[int, int]:
 def _needs_little(graph: Graph, v: int) -> bool:
     """Whether a value needs no memory to speak of: its place is there, or it is small."""
     return v in graph.outputs or graph.values[v].type.nbytes <= _SMALL
+
+
+def _sums_up(graph: Graph, op: Op) -> bool:
+    """Whether it is a reduction to far less.
+
+    XLA runs it in the kernel of another one, or of a product, that was traced before: an argmax
+    with a softmax's maximum, a sum of squares with the product (for v5e, v5p and v6e; jax 0.10.2,
+    libtpu 0.0.42.1).
+    """
+    made = sum(graph.values[v].type.nbytes for v in op.outputs)
+    return reduces(op) and made * _FAR_LESS <= graph.values[op.inputs[0]].type.nbytes
 
 
 def _latest(

@@ -20,6 +20,7 @@ from passes.fusion import Fusion, fuse
 from passes.ir.graph import Graph
 from passes.liveness import liveness
 from passes.overlap import early
+from passes.stored_bytes import stored_bytes
 from passes.weight_casts import weight_casts
 
 MIB = 2.0**20
@@ -369,10 +370,10 @@ def test_a_weight_that_is_read_twice_is_converted_once() -> None:
 
     x = bf16(512, 256)
     graph = trace(cast_weights, [f32(256, 128)], x).graph
-    assert weight_casts(graph) == ()
+    assert weight_casts(graph, stored_bytes(graph, "tpu")) == ()
     assert "convert_element_type" not in kept(graph, fuse(graph, "tpu"))
     graph = trace(twice, [f32(256, 128)], x).graph
-    (cast,) = weight_casts(graph)
+    (cast,) = weight_casts(graph, stored_bytes(graph, "tpu"))
     assert cast.parts == 1
     assert kept(graph, fuse(graph, "tpu")).count("convert_element_type") == 1
     assert fuse(graph, "gpu").casts == ()
@@ -384,7 +385,8 @@ def test_a_branch_converts_weights_for_itself() -> None:
         return jax.lax.cond(sure, plain, sine) + cast_weights([w], x)
 
     args = jax.ShapeDtypeStruct((), "bool"), f32(256, 128), bf16(512, 256)
-    assert weight_casts(trace(either, *args).graph) == ()
+    graph = trace(either, *args).graph
+    assert weight_casts(graph, stored_bytes(graph, "tpu")) == ()
 
 
 def scanned(w: Any, x: Any) -> Any:
@@ -394,12 +396,35 @@ def scanned(w: Any, x: Any) -> Any:
     return jax.lax.scan(jax.checkpoint(layer), x, w)[0].astype(jnp.float32).sum()
 
 
+def test_a_stack_that_only_products_read_is_converted_like_one_that_is_cast() -> None:
+    def both(w: Any, x: Any) -> Any:
+        def layer(c: Any, w: Any) -> Any:
+            return jnp.tanh(c @ w[0] @ w[1]), w[1].sum()
+
+        return jax.lax.scan(layer, x, w)
+
+    stack, x = f32(4, 256, 256), f32(64, 256)
+    graph = trace(both, (stack, stack), x).graph
+    fusion = fuse(graph, "tpu")
+    (cast,) = fusion.casts  # the sum reads the other one as it is
+    (product, _) = [op for op in graph.ops if op.name == "dot_general"]
+    assert cast.values == product.inputs[1:]
+    assert fusion.parts == {cast.values[0]: 4}
+    exact = trace(lambda *a: with_precision(both, *a), (stack, stack), x).graph
+    assert fuse(exact, "tpu").casts == ()
+
+
+def with_precision(fn: Any, *args: Any) -> Any:
+    with jax.default_matmul_precision("highest"):
+        return fn(*args)
+
+
 def test_a_stack_of_weights_is_converted_whole_and_lies_around_its_loops() -> None:
     """Forward and backward slice it; it is converted once, and held from the one to the other."""
     step = jax.grad(scanned)
     graph = trace(step, f32(4, 256, 256), bf16(64, 256)).graph
     fusion = fuse(graph, "tpu")
-    (cast,) = weight_casts(graph)
+    (cast,) = weight_casts(graph, stored_bytes(graph, "tpu"))
     assert cast.parts == 4
     assert fusion.parts == {cast.values[0]: 4}
     live = liveness(graph, fusion.stored, casts=fusion.casts)
