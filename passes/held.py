@@ -22,6 +22,7 @@ from passes.filled import copies_at_once, made_ahead, made_as_read
 from passes.ir.graph import LOOPS, Graph, Op
 from passes.ir.plan import Axes
 from passes.ir.sharding import PARTIAL, Sharding
+from passes.late_updates import updated_last
 from passes.lent import Span, lent
 from passes.priced import Priced
 from passes.relaid import LAID_BACK, Copied, as_laid, copy_bytes, in_groups
@@ -193,16 +194,20 @@ def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Ch
         end = last[c.shared, c.value] if c.side == "copy" else begin
         size = lying_bytes(c.value, c.nbytes, c.target, priced)
         yield c, Held(early.get(n, begin), end + 1, size, c.value, c.target, True)
-    yield from _summands(priced, changed)
+    late = early and sums_whole(priced.cluster.platform)
+    yield from _summands(priced, changed, updated_last(priced.graph) if late else {})
 
 
-def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:
+def _summands(
+    priced: Priced, changed: Sequence[Change], late: Mapping[int, int]
+) -> Iterator[tuple[Change, Held]]:
     """Results that lie there as they are made, too.
 
     Not where a TPU hands them on in its VMEM. But those of what a loop stacks up, as of gradients,
     it keeps to the end of the loop's body (steps of LLaMA for v5e:4x4). Outside loops it sums them
     whole, and each reader takes its part of the whole sum, which lies there until the last of them
     (gradients in steps of MLPs, GPT and LLaMA for v5e, v5p and v6e; jax 0.10.2, libtpu 0.0.42.1).
+    late: products, each with the one that the update of its sum waits for.
     """
     graph, live = priced.graph, priced.live
     fitted = priced.cluster.chip.fitted
@@ -219,6 +224,7 @@ def _summands(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Chang
             end = max(end, live.when[graph.regions[loop].end - 1])
         elif whole and PARTIAL in c.source and not graph.ops[c.op].region:
             end = max(end, _last_read(priced, c.value, consumers))
+            end = max(end, live.when[late[c.op]] + 1 if c.op in late else 0)
         size = lying_bytes(c.value, c.nbytes, c.source, priced)
         if size > near or c.value in stacked:
             yield c, Held(begin, end, size, c.value, c.source, True)
