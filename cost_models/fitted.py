@@ -53,7 +53,8 @@ class Fitted:
     elements then cost nothing more; 0: as of others. turned_stream: bytes/s of a copy from rows to
     columns, or back, where the compiler swaps the operands of a product (`passes.turned`); 0: it
     swaps none. tile_folded: for a tile whose rows a lone kernel adds up, or spreads one row over
-    (`passes.bags`); 0: as of others. unit: elements along a side of the matrix
+    (`passes.bags`); 0: as of others. tile_turned: for a tile of picked rows that is laid anew with
+    its rows along the lanes (`passes.reshard_copies`). unit: elements along a side of the matrix
     unit. vmem: bytes of memory on the chip. handed_on: the share of it up to which copies and sums
     stay there; 0 where kernels hand on nothing (`passes.handed_on` tells how much of their results
     they do). quotients_kept: 1 where a quotient that is made narrower is kept for all who read it,
@@ -77,6 +78,7 @@ class Fitted:
     product_sum_stream: float
     turned_stream: float
     tile_folded: float
+    tile_turned: float
     unit: int
     vmem: float
     handed_on: float

@@ -16,6 +16,14 @@ from passes.ir.sharding import PARTIAL
 from passes.op_cost import OpCost
 from passes.priced import Priced
 from passes.reshard import WHOLE, Step, Waited, steps
+from passes.reshard_copies import (
+    Moved,
+    copies,
+    copy_seconds,
+    copying_chip,
+    exchanges,
+    turned_seconds,
+)
 from passes.strategies import Strategy
 
 
@@ -23,7 +31,9 @@ from passes.strategies import Strategy
 class Change:
     """One value changed from one sharding to another: for an operand of op, or after a result.
 
-    nbytes: of the whole value, as it is sent. waited: what a step loses by a gather.
+    nbytes: of the whole value, as it is sent. waited: what a step loses by a gather. copied:
+    seconds that a trip computes to lay the value anew (`passes.reshard_copies`). tiles: those of
+    picked rows that are turned.
     """
 
     op: int
@@ -37,6 +47,8 @@ class Change:
     trips: float
     nbytes: float
     waited: Waited
+    copied: float = 0.0
+    tiles: int = 0
 
 
 def value_axes(priced: Priced, choice: Sequence[int]) -> tuple[Axes, ...]:
@@ -129,7 +141,24 @@ def _change(
     nbytes = _sent_bytes(priced, side, v, source, narrow)
     hides = side != "result"
     share = priced.overlap.waited(v, op.id, trips, nbytes) if hides else WHOLE
-    return Change(op.id, side, k, v, source, target, shared, moves, trips, nbytes, share)
+    taken = 0.0, 0
+    if exchanges(moves):
+        taken = _copied(priced, v, axes, nbytes, priced.picked.get(v, 0))
+    return Change(op.id, side, k, v, source, target, shared, moves, trips, nbytes, share, *taken)
+
+
+def _copied(
+    priced: Priced, v: int, axes: tuple[Axes, Axes], nbytes: float, table: int
+) -> tuple[float, int]:
+    """Seconds of the copies around an all-to-all, and how many tiles of rows they turn."""
+    chip = copying_chip(priced.cluster)
+    if chip is None:
+        return 0.0, 0
+    value, size = Moved(priced.graph.values[v].shape, table), priced.graph.values[v].type.size
+    found = copies(axes[:1], axes[1:], value, priced.mesh.sizes)
+    number, parts, flat, tiles = (int(of[0, 0]) for of in found)
+    taken = number * copy_seconds(chip, size / parts, nbytes / parts, bool(flat))
+    return taken + (turned_seconds(chip, value, tiles) if table else 0.0), tiles
 
 
 def _sent_bytes(priced: Priced, side: str, v: int, source: Axes, narrow: bool) -> float:
@@ -143,7 +172,10 @@ def _sent_bytes(priced: Priced, side: str, v: int, source: Axes, narrow: bool) -
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A choice read back: shardings of values, strategies and seconds of ops, and all reshards."""
+    """A choice read back: shardings of values, strategies and seconds of ops, and all reshards.
+
+    Seconds of an operation are those of what its reshards copy, too.
+    """
 
     values: tuple[Axes, ...]
     strategies: tuple[Strategy, ...]
@@ -154,8 +186,11 @@ class Answer:
 def read_back(priced: Priced, choice: Sequence[int]) -> Answer:
     """What a choice means for every value and operation."""
     values, chosen = value_axes(priced, choice), op_strategies(priced, choice)
-    seconds = _seconds(priced, values, chosen)
-    return Answer(values, chosen, seconds, changes(priced, choice, values, chosen))
+    changed = changes(priced, choice, values, chosen)
+    seconds = list(_seconds(priced, values, chosen))
+    for c in changed:
+        seconds[c.op] += c.copied * c.trips
+    return Answer(values, chosen, tuple(seconds), changed)
 
 
 def _seconds(

@@ -6,8 +6,8 @@ its rows, or spreads a bag's gradient over them. It takes some 20 to 30 cycles f
 rows of 128 float32 five to ten times what the memory takes. Rows of fewer than 128 columns are
 copied into such tiles, and the gradients of theirs out of them. (Bags of 2 and 4 rows of 8 to 512
 columns, for v5e and v6e. With 8 rows both are done inside other kernels, at about what the memory
-takes; so is such a sum where no gather or scatter stands beside it and the layout is free. Not
-priced: what it copies for an all-to-all of such rows. jax 0.10.2, libtpu 0.0.42.1.)
+takes; so is such a sum where no gather or scatter stands beside it and the layout is free. What an
+all-to-all of such rows copies: `passes.reshard_copies`. jax 0.10.2, libtpu 0.0.42.1.)
 """
 
 from __future__ import annotations
@@ -41,6 +41,21 @@ def bags(graph: Graph) -> Mapping[int, int]:
             updates = [k == 2 and graph.ops[o].name in _SCATTERS for o, k in readers[v]]
             if spread and updates and all(updates):
                 out[op.id] = v
+    return out
+
+
+def picked(graph: Graph) -> Mapping[int, int]:
+    """Values that hold bags of rows of a table, [..., rows of a bag, columns]: the table's rows.
+
+    They are picked of it, or are added to it.
+    """
+    out: dict[int, int] = {}
+    for op in graph.ops:
+        if op.name == "gather" or op.name in _SCATTERS:
+            v = op.outputs[0] if op.name == "gather" else op.inputs[2]
+            table, bag = graph.values[op.inputs[0]].shape, graph.values[v].shape
+            if len(table) == 2 and len(bag) > 2 and bag[-1] == table[1] and bag[-2] > 1:
+                out[v] = table[0]
     return out
 
 

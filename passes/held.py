@@ -26,6 +26,7 @@ from passes.late_updates import updated_last
 from passes.lent import Span, lent
 from passes.priced import Priced
 from passes.relaid import LAID_BACK, Copied, as_laid, copy_bytes, in_groups
+from passes.reshard_copies import turned_bytes
 from passes.restacked import restacked
 from passes.sliced import Sliced, sliced, takes_a_slice
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
@@ -60,6 +61,7 @@ def held(priced: Priced, values: Sequence[Axes], changed: Sequence[Change]) -> I
     if tpu:
         yield from _spread(priced, values)
         yield from _in_tiles(priced, values)
+        yield from _turned(priced, changed)
         for begin, end, c in whole_parts(priced, changed):
             size = lying_bytes(c.value, c.nbytes, c.source, priced)
             yield Held(begin, end, size, c.value, c.source, True)
@@ -176,6 +178,15 @@ def _in_tiles(priced: Priced, values: Sequence[Axes]) -> Iterator[Held]:
         if nbytes:
             step = priced.live.when[o]
             yield Held(step, step + 1, nbytes, v, values[v], True)
+
+
+def _turned(priced: Priced, changed: Sequence[Change]) -> Iterator[Held]:
+    """Bags of short rows, each row along the lanes of a tile, beside an all-to-all of theirs."""
+    for c in changed:
+        if c.tiles:
+            kind, step = priced.graph.values[c.value].type, priced.live.when[c.op]
+            nbytes = turned_bytes(kind.shape, c.tiles, kind.bits)
+            yield Held(step, step + 1, nbytes, c.value, c.source, True)
 
 
 def held_changes(priced: Priced, changed: Sequence[Change]) -> Iterator[tuple[Change, Held]]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cost_models.cluster import Cluster
+from passes.bags import picked
 from passes.compiler import sums_whole
 from passes.decisions import CARRIES, Decisions, DimMap, Group
 from passes.fusion import Fusion
@@ -31,6 +32,7 @@ from passes.op_cost import OpCost
 from passes.overlap import overlap
 from passes.priced import HintUnmet, Meaning, Priced, label_of
 from passes.relaid import copied, copy_bytes
+from passes.reshard_copies import Moved, copying_chip
 from passes.reshard_table import PICO, ReshardTable
 from passes.solve.problem import INFINITY, Costs, Edge, Node, Problem, Use
 from passes.strategies import (
@@ -96,7 +98,9 @@ class _Pricer:
         self.fusion, self.kept = fusion, fusion.kept
         self.narrow: set[int] = set()
         self.overlap = overlap(graph, cluster, mesh.devices, self.links)
-        self.table = ReshardTable(mesh.sizes, self.links, sums_whole(cluster.platform))
+        sums, chip = sums_whole(cluster.platform), copying_chip(cluster)
+        self.table = ReshardTable(mesh.sizes, self.links, sums, chip)
+        self.picked = picked(graph) if chip else {}
         self.op_cost = OpCost(graph, fusion, mesh, cluster, self.links, self.layouts)
         self.copied = copied(graph, live, self.kept, cluster.platform)
         self.trips = [graph.trips(r.id) for r in graph.regions]
@@ -158,6 +162,7 @@ class _Pricer:
             self.copied,
             stacks(graph, self.live, self.cluster.platform),
             like,
+            self.picked,
         )
 
     def group_choices(self, group: Group) -> tuple[Axes, ...]:
@@ -307,7 +312,8 @@ class _Pricer:
         copy = self.copy_of(v, group, choices, readers, (trips, share, narrow))
         if narrow:
             self.narrow.add(copy)
-        matrix = self.table.matrix(axes, choices, nbytes, trips, whole, share)
+        moved = self.moved(v)
+        matrix = self.table.matrix(axes, choices, nbytes, trips, whole, share, moved)
         before = self.sent.get((node, copy, id(matrix)), (matrix, 0))
         self.sent[node, copy, id(matrix)] = matrix, before[1] + 1
         for reader in readers:
@@ -442,6 +448,9 @@ class _Pricer:
 
     # edges
 
+    def moved(self, v: int) -> Moved:
+        return Moved(self.graph.values[v].shape, self.picked.get(v, 0))
+
     def member_axes(self, choices: tuple[Axes, ...], mapping: DimMap) -> tuple[Axes, ...]:
         """Choices of a group as shardings of one member."""
         if mapping == tuple(range(len(mapping))):
@@ -479,15 +488,15 @@ class _Pricer:
             node, axes = copy, self.meanings[copy].choices
         else:
             axes = self.member_axes(self.choices_of(group), self.decisions.groups[group].members[v])
-        whole = self.kept.of_value[v]
+        whole, kind = self.kept.of_value[v], self.graph.values[v].type
         trips = self.trips[op.region]
         if side == "operand":
             nbytes = self.kept.sent(v, (op.id, k) in self.kept.narrow)
             share = self.overlap.waited(v, op.id, trips, nbytes)
-            matrix = self.table.matrix(axes, wants, nbytes, trips, whole, share)
+            matrix = self.table.matrix(axes, wants, nbytes, trips, whole, share, self.moved(v))
         else:
-            whole = self.graph.values[v].type.nbytes  # made, and summed, as it is
-            matrix = self.table.matrix(wants, axes, self.kept.of_value[v], trips, whole)
+            kept, whole = whole, kind.nbytes  # made, and summed, as it is
+            matrix = self.table.matrix(wants, axes, kept, trips, whole, value=self.moved(v))
             if self.fusion.traffic[op.id].update is not None:
                 matrix = self.apart(matrix, op, table, wants, axes)
         self.place(matrix, *((node, owner) if side == "operand" else (owner, node)), times)

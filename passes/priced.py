@@ -43,7 +43,7 @@ class Priced:
     layouts: what strategies want and make, as far as it was asked.
     narrow: copies that are sent as narrow readers want them. copied: as of passes.relaid. stacks:
     as of passes.loop_stacks. like: per operation the first one that is split as it is, and costs as
-    much, under every choice.
+    much, under every choice. picked: as of passes.bags, where their tiles are turned.
     """
 
     graph: Graph
@@ -67,6 +67,7 @@ class Priced:
     copied: Mapping[int, Copied]
     stacks: Stacks
     like: tuple[int, ...]
+    picked: Mapping[int, int]
 
 
 class HintUnmet(HintError):

@@ -47,7 +47,8 @@ from passes.liveness import Liveness
 from passes.stored_bytes import StoredBytes
 from passes.tile_padding import padded
 
-_AS_IT_LIES = 2**19
+# From a table of so many rows, or more, rows are picked as it lies.
+AS_IT_LIES = 2**19
 
 # The part of VMEM in which copies for those who pick only lie.
 _IN_VMEM = 6 / 10
@@ -86,7 +87,7 @@ _NEVER: Mapping[int, Copied] = {}
 
 def laid_anew(shape: Sequence[int]) -> bool:
     """Whether a table of this shape on one device is laid anew by those who pick rows of it."""
-    return len(shape) == 2 and LANES <= shape[0] < _AS_IT_LIES and shape[1] < LANES
+    return len(shape) == 2 and LANES <= shape[0] < AS_IT_LIES and shape[1] < LANES
 
 
 def slice_laid_anew(shape: Sequence[int], along: int) -> bool:

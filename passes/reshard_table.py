@@ -7,15 +7,26 @@ once, and a matrix is picked from the seconds that each sequence takes for a val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cost_models.cluster import Chip
 from cost_models.topology import AxisLink
 from passes.ir.sharding import PARTIAL
 from passes.reshard import WHOLE, Axes, Step, Waited, steps, waited_seconds
+from passes.reshard_copies import (
+    Kind,
+    Moved,
+    by_kind,
+    copies,
+    copy_seconds,
+    exchanges,
+    turned_seconds,
+)
 from passes.solve.problem import INFINITY, Costs
 
 PICO = 1e12  # picoseconds in a second
@@ -25,12 +36,17 @@ _UNKNOWN = -1
 
 
 class ReshardTable:
-    """Reshard costs on one mesh, in picoseconds."""
+    """Reshard costs on one mesh, in picoseconds. copying: the chip that makes `reshard_copies`."""
 
     def __init__(
-        self, sizes: tuple[int, ...], links: Sequence[AxisLink], whole_sums: bool = False
+        self,
+        sizes: tuple[int, ...],
+        links: Sequence[AxisLink],
+        whole_sums: bool = False,
+        copying: Chip | None = None,
     ) -> None:
         self._sizes, self._links, self._whole_sums = sizes, links, whole_sums
+        self._copying, self._devices = copying, math.prod(sizes)
         self._shardings: dict[Axes, int] = {}
         self._sequences: dict[tuple[Step, ...] | None, int] = {}
         self._between = np.full((64, 64), _UNKNOWN, np.intp)  # numbers of shardings to a sequence's
@@ -38,7 +54,9 @@ class ReshardTable:
         self._once: dict[tuple[float, Waited], Costs] = {}
         self._steps: dict[Step | None, int] = {}
         self._by_step = np.zeros((0, 0), np.intp)  # [sequence, place]: number of the step
-        self._matrices: dict[tuple[int, int, float, float, float, Waited], Costs] = {}
+        self._exchanges = np.zeros(0, bool)  # per sequence whether there is an all-to-all in it
+        self._copies: dict[Any, list[tuple[Kind, Numbers]]] = {}
+        self._matrices: dict[tuple[Any, ...], Costs] = {}
 
     def matrix(
         self,
@@ -48,21 +66,69 @@ class ReshardTable:
         trips: float,
         whole: float,
         waited: Waited = WHOLE,
+        value: Moved | None = None,
     ) -> Costs:
         """Picoseconds from every source to every target sharding, `trips` times a step.
 
         whole: bytes of a value that is partial; its summands are sent as they are. waited: what
-        a step loses by a gather.
+        a step loses by a gather. value: what is resharded, for what is copied besides.
         """
-        key = (id(source), id(target), nbytes, trips, whole, waited)
+        value = value if self._copying else None
+        key = (id(source), id(target), nbytes, trips, whole, waited, value)
         if key not in self._matrices:
             sequences = self._found(self._numbers(source), self._numbers(target))
-            once = self._picoseconds(nbytes, waited)[sequences]
+            once = self._seconds(source, target, sequences, nbytes, waited, value)
             if whole != nbytes:
                 partial = np.array([PARTIAL in axes for axes in source])
-                once[partial] = self._picoseconds(whole, waited)[sequences[partial]]
+                other = self._seconds(source, target, sequences, whole, waited, value)
+                once[partial] = other[partial]
             self._matrices[key] = np.where(once < INFINITY, np.round(once * trips), INFINITY)
         return self._matrices[key]
+
+    def _seconds(
+        self,
+        source: tuple[Axes, ...],
+        target: tuple[Axes, ...],
+        sequences: Numbers,
+        nbytes: float,
+        waited: Waited,
+        value: Moved | None,
+    ) -> Costs:
+        """[source, target]: picoseconds of one trip."""
+        once: Costs = self._picoseconds(nbytes, waited)[sequences]
+        if self._copying is None or value is None:
+            return once
+        there = self._exchanges[sequences]
+        if not there.any():
+            return once
+        size = math.prod(value.shape)
+        for kind, number in self._copied(source, target, there, value):
+            if kind.tiles:
+                seconds = turned_seconds(self._copying, value, kind.tiles)
+            else:
+                seconds = copy_seconds(
+                    self._copying, size / kind.parts, nbytes / kind.parts, kind.flat
+                )
+            once += number * (seconds * PICO)
+        return once
+
+    def _copied(
+        self,
+        source: tuple[Axes, ...],
+        target: tuple[Axes, ...],
+        there: npt.NDArray[np.bool_],
+        value: Moved,
+    ) -> list[tuple[Kind, Numbers]]:
+        """[source, target]: how many copies there are of each kind, by the all-to-alls there.
+
+        Without tiles, all sizes beyond the mesh's are alike.
+        """
+        if not value.table:
+            value = Moved(tuple([min(n, 2 * self._devices) for n in value.shape]))
+        key = source, target, value
+        if key not in self._copies:
+            self._copies[key] = by_kind(copies(source, target, value, self._sizes), there)
+        return self._copies[key]
 
     def _numbers(self, axes: tuple[Axes, ...]) -> Numbers:
         if id(axes) not in self._lists:
@@ -115,6 +181,7 @@ class ReshardTable:
             for q in self._sequences
         ]
         longest = max(map(len, rows), default=0)
+        self._exchanges = np.array([exchanges(q or ()) for q in self._sequences], bool)
         rest = self._steps.setdefault(_NOTHING, len(self._steps))
         self._by_step = np.array([[*r, *[rest] * (longest - len(r))] for r in rows], np.intp)
 

@@ -59,7 +59,9 @@ SPECS = {"v3": "v3:1x1", "v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1",
 # * the bandwidth of copies from rows to columns: 168,520 cycles on v6e for 4096 x 2048 of float32,
 #   337,040 for twice as many; half of it where one side lies in VMEM;
 # * a tile whose rows are added up: 437,152 cycles on v5e, 210,400 on v5p and 346,656 on v6e for
-#   16384 tiles of four rows of float32 (505,376, 235,360 and 350,752 for tiles of eight).
+#   16384 tiles of four rows of float32 (505,376, 235,360 and 350,752 for tiles of eight);
+# * a tile whose rows are laid along the lanes: 788,992 cycles on v5e, 466,144 to 486,640 on v5p and
+#   560,000 on v6e for 65536 tiles of two, four or eight rows of 8 to 64 columns.
 # (jax 0.10.2, libtpu 0.0.42.1)
 SHEET = "docs.jax.dev/en/latest/pallas/tpu/hardware.html"
 FIXED: dict[str, dict[str, Any]] = {
@@ -72,6 +74,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_sum_stream": 0.0,
         "turned_stream": 0.0,
         "tile_folded": 17.8e-9,
+        "tile_turned": 8.03e-9,
         "handed_on": 0.2,
         "quotients_kept": 0,
         "gather_inside": 13e-6,
@@ -85,6 +88,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_sum_stream": 0.0,
         "turned_stream": 0.0,
         "tile_folded": 7.34e-9,
+        "tile_turned": 4.13e-9,
         "handed_on": 0.0,
         "quotients_kept": 1,
         "gather_inside": 13e-6,
@@ -98,6 +102,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "product_sum_stream": cluster(SPECS["v6e"]).chip.hbm_bandwidth,
         "turned_stream": 697e9,
         "tile_folded": 12.1e-9,
+        "tile_turned": 4.88e-9,
         "handed_on": 0.2,
         "quotients_kept": 0,
         "gather_inside": 0.0,
@@ -289,6 +294,7 @@ _GIVEN = (
     "product_sum_stream",
     "turned_stream",
     "tile_folded",
+    "tile_turned",
     "handed_on",
     "quotients_kept",
     "gather_inside",
@@ -316,6 +322,7 @@ def table(f: Fitted, worth: str) -> str:
         ),
         *([f"turned_stream_GBps = {f.turned_stream / 1e9:.4g}"] * (f.turned_stream > 0)),
         *([f"tile_folded_us = {f.tile_folded * 1e6:.3g}"] * (f.tile_folded > 0)),
+        *([f"tile_turned_us = {f.tile_turned * 1e6:.3g}"] * (f.tile_turned > 0)),
         f"unit = {f.unit}",
         f"vmem_MiB = {f.vmem / 2**20:.4g}",
         *([f"handed_on = {f.handed_on:.3g}"] * (f.handed_on > 0)),
