@@ -202,10 +202,11 @@ def _seconds(
     trips = [graph.trips(r.id) for r in graph.regions]
     out: list[float] = []
     for op, strategy, first in zip(graph.ops, chosen, priced.like, strict=True):
-        if first < op.id or op.is_link:
-            out.append(0.0 if op.is_link else out[first])
-            continue
         traffic = priced.fusion.traffic[op.id]
+        idle = op.is_link and not traffic.kernels
+        if first < op.id or idle:
+            out.append(0.0 if idle else out[first])
+            continue
         updates = traffic.update is not None and _is_as_made(priced, op, values, strategy)
         key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass, updates)
         if key not in known:

@@ -128,6 +128,7 @@ class _Fuser:
         self.again = {v: c.values[0] for c in casts for v in c.values[1:]}
         for cast in casts:
             self.could[cast.values[0]] = False
+        self.narrowed = {c.values[0] for c in casts}
         softmaxes = [s for s in own_softmaxes(self.graph) if s.slices] if self.tpu else []
         laid_anew = [v for s in softmaxes for v in s.slices]
         for v in (*(s.exp for s in softmaxes), *laid_anew):
@@ -166,8 +167,7 @@ class _Fuser:
             v = op.outputs[0]
             self.stored[v], self.behind[v] = False, self._source(self.again[v])
         elif op.name == "scan_slice":
-            for v in op.outputs:
-                self.stored[v] = not self.could[v]
+            self._slice(op)
         elif op.name == "scan_stack":
             self._stack(op)
         elif op.is_link:
@@ -180,6 +180,16 @@ class _Fuser:
             self._root(op, self.values[op.inputs[0]].type.size, late=True)
         else:
             self._opaque(op)
+
+    def _slice(self, op: Op) -> None:
+        """A slice of a stack; one that is only read narrow is converted by a kernel of its own."""
+        (v,) = op.outputs
+        self.stored[v] = not self.could[v]
+        if v in self.narrowed:
+            at = (op.id, len(op.inputs))
+            kernel = self.kernels.start(op, self.values[v].type.size)
+            self.kernels.add(at, v, float(self.values[v].type.nbytes))
+            self.kernels.keep(kernel, at, v)
 
     def _source(self, v: int) -> Behind:
         """What an operand costs its reader."""

@@ -343,7 +343,8 @@ class OpCost:
             return max(local.work, time) + self._laid_anew(op, strategy)
         if op.id in self.bags and (bags_take := self._bags(op, strategy, local)):
             return bags_take
-        elements = max(self._elements_of(op, strategy), default=0.0)
+        of = self._elements_of(op, strategy)
+        elements = max(of[len(op.inputs) if op.is_link else 0 :], default=0.0)  # of a stack, a part
         time = self._kernel(traffic, elements, moved, local.work, self._rows(op, strategy))
         return time + self._turned(op, traffic.turned, strategy) if traffic.turned else time
 

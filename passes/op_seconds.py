@@ -28,10 +28,10 @@ def op_seconds(graph: Graph, cluster: Cluster, fused_attention: bool = False) ->
     known: dict[tuple[int, int, bool], float] = {}
     out: list[float] = []
     for op in graph.ops:
-        if op.is_link:
+        traffic = fusion.traffic[op.id]
+        if op.is_link and not traffic.kernels:
             out.append(0.0)
             continue
-        traffic = fusion.traffic[op.id]
         key = id(op.rule), id(traffic), op.id in fusion.kept.one_pass
         if key not in known:
             known[key] = cost.seconds(op, (NOWHERE,), updates=traffic.update is not None)

@@ -415,7 +415,7 @@ class _Pricer:
         once = op.id in self.kept.one_pass
         key = ("compute", id(op.rule), id(table), id(traffic), self.trips[op.region], once, updates)
         if key not in self.cache:
-            if op.is_link:
+            if op.is_link and not traffic.kernels:
                 self.cache[key] = np.zeros(len(table))
             else:
                 known: dict[Strategy, float] = {}

@@ -410,6 +410,10 @@ def test_a_stack_that_only_products_read_is_converted_like_one_that_is_cast() ->
     (product, _) = [op for op in graph.ops if op.name == "dot_general"]
     assert cast.values == product.inputs[1:]
     assert fusion.parts == {cast.values[0]: 4}
+    paying = [op for op in graph.ops if op.is_link and fusion.traffic[op.id].kernels]
+    assert [op.outputs for op in paying] == [cast.values]
+    (moved,) = [m for m in fusion.traffic[paying[0].id].moved if m]
+    assert sum(nbytes for nbytes, _ in moved) == (4 + 2) * 256 * 256
     exact = trace(lambda *a: with_precision(both, *a), (stack, stack), x).graph
     assert fuse(exact, "tpu").casts == ()
 
