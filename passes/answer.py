@@ -13,7 +13,7 @@ from passes.decisions import DimMap
 from passes.ir.graph import Op
 from passes.ir.plan import Axes
 from passes.ir.sharding import PARTIAL
-from passes.op_cost import OpCost
+from passes.op_cost import OpCost, takes_time
 from passes.priced import Priced
 from passes.reshard import WHOLE, Step, Waited, steps
 from passes.reshard_copies import (
@@ -203,9 +203,8 @@ def _seconds(
     out: list[float] = []
     for op, strategy, first in zip(graph.ops, chosen, priced.like, strict=True):
         traffic = priced.fusion.traffic[op.id]
-        idle = op.is_link and not traffic.kernels
-        if first < op.id or idle:
-            out.append(0.0 if idle else out[first])
+        if first < op.id or not takes_time(op, traffic):
+            out.append(out[first] if first < op.id else 0.0)
             continue
         updates = traffic.update is not None and _is_as_made(priced, op, values, strategy)
         key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass, updates)

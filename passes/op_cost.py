@@ -465,6 +465,11 @@ class OpCost:
         return total
 
 
+def takes_time(op: Op, traffic: Traffic) -> bool:
+    """Whether it does anything: of links only a slice of a stack that is converted."""
+    return not op.is_link or (op.name == "scan_slice" and traffic.kernels > 0)
+
+
 def _reduces(op: Op) -> bool:
     return len(op.inputs) == 1 and any(f.kind == "reduction" for f in op.rule.factors)
 

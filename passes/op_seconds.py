@@ -13,7 +13,7 @@ from passes.fusion import fuse
 from passes.ir.graph import Graph
 from passes.ir.mesh import Mesh
 from passes.meshes import links_of
-from passes.op_cost import OpCost
+from passes.op_cost import OpCost, takes_time
 from passes.strategies import NOWHERE, Layouts
 
 _ONE = Mesh(("model",), (1,))
@@ -29,7 +29,7 @@ def op_seconds(graph: Graph, cluster: Cluster, fused_attention: bool = False) ->
     out: list[float] = []
     for op in graph.ops:
         traffic = fusion.traffic[op.id]
-        if op.is_link and not traffic.kernels:
+        if not takes_time(op, traffic):
             out.append(0.0)
             continue
         key = id(op.rule), id(traffic), op.id in fusion.kept.one_pass

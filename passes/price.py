@@ -28,7 +28,7 @@ from passes.ir.sharding import PARTIAL
 from passes.liveness import Liveness
 from passes.loop_stacks import stacks
 from passes.meshes import links_of
-from passes.op_cost import OpCost
+from passes.op_cost import OpCost, takes_time
 from passes.overlap import overlap
 from passes.priced import HintUnmet, Meaning, Priced, label_of
 from passes.relaid import copied, copy_bytes
@@ -415,7 +415,7 @@ class _Pricer:
         once = op.id in self.kept.one_pass
         key = ("compute", id(op.rule), id(table), id(traffic), self.trips[op.region], once, updates)
         if key not in self.cache:
-            if op.is_link and not traffic.kernels:
+            if not takes_time(op, traffic):
                 self.cache[key] = np.zeros(len(table))
             else:
                 known: dict[Strategy, float] = {}
