@@ -16,9 +16,9 @@ catalogue. The keys:
                         product_start_us, product_element_ps, product_narrow_ps,
                         product_narrow_near, product_softmax_ps, product_computed,
                         product_sum_stream_GBps, turned_stream_GBps, tile_folded_us,
-                        tile_turned_us, unit, vmem_MiB, handed_on, quotients_kept (0 or 1),
-                        gather_inside_us, conv_efficiency, and the tables efficiency (per dtype,
-                        bfloat16 among them) and moves_ps (per kind of move)
+                        tile_turned_us, filled_inside_MiB, unit, vmem_MiB, handed_on,
+                        quotients_kept (0 or 1), gather_inside_us, conv_efficiency, and the tables
+                        efficiency (per dtype, bfloat16 among them) and moves_ps (per kind of move)
     [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
                         "direct": a wire from each device to each other, or "links": a table,
                         links, of how many links each device has to each other), bandwidth_GBps
@@ -80,6 +80,7 @@ _FITTED: dict[str, tuple[str, Any]] = {
     "product_softmax": ("seconds", 0.0), "product_computed": ("number", 0.0),
     "product_sum_stream": ("bytes/s", 0.0), "turned_stream": ("bytes/s", 0.0),
     "tile_folded": ("seconds", 0.0), "tile_turned": ("seconds", 0.0),
+    "filled_inside": ("bytes", 0.0),
     "unit": ("whole", ...), "vmem": ("bytes", ...), "handed_on": ("number", 0.0),
     "quotients_kept": ("whole", 0),
     "gather_inside": ("seconds", 0.0), "conv_efficiency": ("share", ...),

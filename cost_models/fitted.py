@@ -54,14 +54,15 @@ class Fitted:
     columns, or back, where the compiler swaps the operands of a product (`passes.turned`); 0: it
     swaps none. tile_folded: for a tile whose rows a lone kernel adds up, or spreads one row over
     (`passes.bags`); 0: as of others. tile_turned: for a tile of picked rows that is laid anew with
-    its rows along the lanes (`passes.reshard_copies`). unit: elements along a side of the matrix
-    unit. vmem: bytes of memory on the chip. handed_on: the share of it up to which copies and sums
-    stay there; 0 where kernels hand on nothing (`passes.handed_on` tells how much of their results
-    they do). quotients_kept: 1 where a quotient that is made narrower is kept for all who read it,
-    0 where each computes it. gather_inside: by how much the kernels take longer inside which a
-    weight is gathered. efficiency: per dtype of the operands the share of bfloat16's peak.
-    conv_efficiency: the share of that which convolutions reach. moves: seconds per element by kind,
-    one of MOVES.
+    its rows along the lanes (`passes.reshard_copies`). filled_inside: bytes of a table up to which
+    the kernel that adds rows to it fills it with zeros, too (`passes.zeros`). unit: elements along
+    a side of the matrix unit. vmem: bytes of memory on the chip. handed_on: the share of it up to
+    which copies and sums stay there; 0 where kernels hand on nothing (`passes.handed_on` tells how
+    much of their results they do). quotients_kept: 1 where a quotient that is made narrower is kept
+    for all who read it, 0 where each computes it. gather_inside: by how much the kernels take
+    longer inside which a weight is gathered. efficiency: per dtype of the operands the share of
+    bfloat16's peak. conv_efficiency: the share of that which convolutions reach. moves: seconds per
+    element by kind, one of MOVES.
     """
 
     stream: float
@@ -79,6 +80,7 @@ class Fitted:
     turned_stream: float
     tile_folded: float
     tile_turned: float
+    filled_inside: float
     unit: int
     vmem: float
     handed_on: float

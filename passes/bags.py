@@ -19,7 +19,7 @@ from cost_models.fitted import LANES
 from passes.ir.graph import Graph
 
 _SUBLANES = 8
-_SCATTERS = frozenset({"scatter-add", "scatter"})
+SCATTERS = frozenset({"scatter-add", "scatter"})
 
 
 def bags(graph: Graph) -> Mapping[int, int]:
@@ -38,7 +38,7 @@ def bags(graph: Graph) -> Mapping[int, int]:
             rank = len(graph.values[v].shape)
             kept = [d for d in range(rank) if d != rank - 2]
             spread = rank > 2 and list(op.params["broadcast_dimensions"]) == kept
-            updates = [k == 2 and graph.ops[o].name in _SCATTERS for o, k in readers[v]]
+            updates = [k == 2 and graph.ops[o].name in SCATTERS for o, k in readers[v]]
             if spread and updates and all(updates):
                 out[op.id] = v
     return out
@@ -51,7 +51,7 @@ def picked(graph: Graph) -> Mapping[int, int]:
     """
     out: dict[int, int] = {}
     for op in graph.ops:
-        if op.name == "gather" or op.name in _SCATTERS:
+        if op.name == "gather" or op.name in SCATTERS:
             v = op.outputs[0] if op.name == "gather" else op.inputs[2]
             table, bag = graph.values[op.inputs[0]].shape, graph.values[v].shape
             if len(table) == 2 and len(bag) > 2 and bag[-1] == table[1] and bag[-2] > 1:

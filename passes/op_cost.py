@@ -18,7 +18,7 @@ from cost_models.product import conv_seconds, fetched_ahead, product_seconds
 from cost_models.roofline import compute_seconds
 from cost_models.topology import AxisLink
 from cost_models.vector import kernel_seconds, tile_rows, vector_seconds, work_seconds
-from passes.bags import bags, tile_bytes, tiles
+from passes.bags import SCATTERS, bags, tile_bytes, tiles
 from passes.chains import MOVES, PRODUCTS
 from passes.fusion import Fusion
 from passes.handed_on import FAR, moved_part
@@ -30,6 +30,7 @@ from passes.kernels import Traffic, Update, Work
 from passes.relaid import PASSES, laid_anew, overwritten, slice_laid_anew
 from passes.strategies import Axes, Layouts, Strategy, factor_parts, operand_axes, parts
 from passes.tile_padding import DOT, batch_dims, padded, wasteful
+from passes.zeros import added_to, filled_inside
 
 # A window of more places than this is no forward convolution's, but that of a weight's gradient.
 _MOST_TAPS = 128
@@ -91,6 +92,8 @@ class OpCost:
         f = cluster.chip.fitted
         self.overwritten = overwritten(graph) if f else {}
         self.bags = bags(graph) if f and f.tile_folded else {}
+        self.zeros = added_to(graph) if f else {}  # what fills a table: with who adds rows to it
+        self.adds = frozenset(self.zeros.values())
         self.near = f.handed_on * f.vmem if f else 0.0  # what is copied stays there up to this size
         self.vmem = f.vmem if f and f.handed_on else 0.0  # where kernels hand results on
         self.known: dict[tuple[int, int, tuple[str, ...]], _Facts] = {}  # by rule, traffic, dtypes
@@ -339,8 +342,13 @@ class OpCost:
             if chip.fitted is None:
                 time = compute_seconds(chip, local.flops, moved, dtype, False)
                 return time + chip.kernel_latency
-            time = vector_seconds(chip, op.name, elements, moved, dtype, True)
+            if op.name == "gather" or op.name in SCATTERS:
+                time = chip.fitted.start + moved / chip.fitted.stream + self._filled(op, strategy)
+            else:
+                time = vector_seconds(chip, op.name, elements, moved, dtype, True)
             return max(local.work, time) + self._laid_anew(op, strategy)
+        if op.id in self.zeros and chip.fitted:  # by its scatter, which pays for the kernel
+            return moved / chip.fitted.stream
         if op.id in self.bags and (bags_take := self._bags(op, strategy, local)):
             return bags_take
         of = self._elements_of(op, strategy)
@@ -405,6 +413,24 @@ class OpCost:
             if d > BROADCAST:
                 shape[d] //= n
         return shape
+
+    def _filled(self, op: Op, strategy: Strategy) -> float:
+        """Seconds of a kernel that fills a table with zeros, but for its traffic; 0 for none."""
+        f = self.chip.fitted
+        if f is None or op.id not in self.adds:
+            return 0.0
+        ins = self.layouts.of(op.rule, strategy)[0]
+        table, bits = self._local_shape(op.inputs[0], ins[0]), self._bits(op.inputs[0])
+        added = math.prod(self._local_shape(op.inputs[2], ins[2])[:-1])
+        if filled_inside(table, bits, added, f.filled_inside):
+            return 0.0
+        elements = math.prod(table)
+        nbytes = elements * bits / 8
+        time = kernel_seconds(self.chip, elements, nbytes, True, 0.0, True, tile_rows(table))
+        return time - nbytes / f.stream
+
+    def _bits(self, v: int) -> int:
+        return self.graph.values[v].type.bits
 
     def _laid_anew(self, op: Op, strategy: Strategy) -> float:
         """Seconds to copy what it picks from, or overwrites a part of: a table, or a cache's slice.

@@ -61,7 +61,10 @@ SPECS = {"v3": "v3:1x1", "v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1",
 # * a tile whose rows are added up: 437,152 cycles on v5e, 210,400 on v5p and 346,656 on v6e for
 #   16384 tiles of four rows of float32 (505,376, 235,360 and 350,752 for tiles of eight);
 # * a tile whose rows are laid along the lanes: 788,992 cycles on v5e, 466,144 to 486,640 on v5p and
-#   560,000 on v6e for 65536 tiles of two, four or eight rows of 8 to 64 columns.
+#   560,000 on v6e for 65536 tiles of two, four or eight rows of 8 to 64 columns;
+# * up to which size of a table the kernel that adds rows to it fills it with zeros: 256 to 2048
+#   rows of 128 float32 are added so to tables of 14.6 MiB on v5e and v5p and of 29.3 on v6e; not
+#   to those of 19.5 on v5e, 24.4 on v5p and 31.3 on v6e (nor to one of 29.3 with rows of 512).
 # (jax 0.10.2, libtpu 0.0.42.1)
 SHEET = "docs.jax.dev/en/latest/pallas/tpu/hardware.html"
 FIXED: dict[str, dict[str, Any]] = {
@@ -75,6 +78,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "turned_stream": 0.0,
         "tile_folded": 17.8e-9,
         "tile_turned": 8.03e-9,
+        "filled_inside": 15 * 2**20,
         "handed_on": 0.2,
         "quotients_kept": 0,
         "gather_inside": 13e-6,
@@ -89,6 +93,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "turned_stream": 0.0,
         "tile_folded": 7.34e-9,
         "tile_turned": 4.13e-9,
+        "filled_inside": 15 * 2**20,
         "handed_on": 0.0,
         "quotients_kept": 1,
         "gather_inside": 13e-6,
@@ -103,6 +108,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "turned_stream": 697e9,
         "tile_folded": 12.1e-9,
         "tile_turned": 4.88e-9,
+        "filled_inside": 30 * 2**20,
         "handed_on": 0.2,
         "quotients_kept": 0,
         "gather_inside": 0.0,
@@ -295,6 +301,7 @@ _GIVEN = (
     "turned_stream",
     "tile_folded",
     "tile_turned",
+    "filled_inside",
     "handed_on",
     "quotients_kept",
     "gather_inside",
@@ -323,6 +330,7 @@ def table(f: Fitted, worth: str) -> str:
         *([f"turned_stream_GBps = {f.turned_stream / 1e9:.4g}"] * (f.turned_stream > 0)),
         *([f"tile_folded_us = {f.tile_folded * 1e6:.3g}"] * (f.tile_folded > 0)),
         *([f"tile_turned_us = {f.tile_turned * 1e6:.3g}"] * (f.tile_turned > 0)),
+        *([f"filled_inside_MiB = {f.filled_inside / 2**20:.4g}"] * (f.filled_inside > 0)),
         f"unit = {f.unit}",
         f"vmem_MiB = {f.vmem / 2**20:.4g}",
         *([f"handed_on = {f.handed_on:.3g}"] * (f.handed_on > 0)),
