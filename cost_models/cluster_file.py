@@ -17,8 +17,9 @@ catalogue. The keys:
                         product_narrow_near, product_softmax_ps, product_computed,
                         product_sum_stream_GBps, turned_stream_GBps, tile_folded_us,
                         tile_turned_us, filled_inside_MiB, unit, vmem_MiB, handed_on,
-                        quotients_kept (0 or 1), gather_inside_us, conv_efficiency, and the tables
-                        efficiency (per dtype, bfloat16 among them) and moves_ps (per kind of move)
+                        quotients_kept (0, 1 or 2), gather_inside_us, conv_efficiency, and the
+                        tables efficiency (per dtype, bfloat16 among them) and moves_ps (per kind
+                        of move)
     [[network]]         once per level, the outermost first: name, kind ("switch", "torus" or
                         "direct": a wire from each device to each other, or "links": a table,
                         links, of how many links each device has to each other), bandwidth_GBps

@@ -59,10 +59,10 @@ class Fitted:
     a side of the matrix unit. vmem: bytes of memory on the chip. handed_on: the share of it up to
     which copies and sums stay there; 0 where kernels hand on nothing (`passes.handed_on` tells how
     much of their results they do). quotients_kept: 1 where a quotient that is made narrower is kept
-    for all who read it, 0 where each computes it. gather_inside: by how much the kernels take
-    longer inside which a weight is gathered. efficiency: per dtype of the operands the share of
-    bfloat16's peak. conv_efficiency: the share of that which convolutions reach. moves: seconds per
-    element by kind, one of MOVES.
+    for all who read it, 2 where only beside an all-to-all (`passes.quotients`), 0 where each
+    computes it. gather_inside: by how much the kernels take longer inside which a weight is
+    gathered. efficiency: per dtype of the operands the share of bfloat16's peak. conv_efficiency:
+    the share of that which convolutions reach. moves: seconds per element by kind, one of MOVES.
     """
 
     stream: float

@@ -54,10 +54,17 @@ def quotients_kept(cluster: Cluster) -> bool:
     """Whether what is divided and made narrower is kept for all who read it.
 
     For v5p XLA keeps the weights of an attention in bfloat16, for v5e and v6e each reader computes
-    them again (steps of GPT and LLaMA, of long attention; jax 0.10.2, libtpu 0.0.42.1).
+    them again, for v6e but for `exchanged_quotients_kept` (steps of GPT and LLaMA, of long
+    attention; jax 0.10.2, libtpu 0.0.42.1).
     """
     fitted = cluster.chip.fitted
     return fitted is not None and fitted.quotients_kept == 1
+
+
+def exchanged_quotients_kept(cluster: Cluster) -> bool:
+    """Whether it is kept where an all-to-all sends what is made of it (`passes.quotients`)."""
+    fitted = cluster.chip.fitted
+    return fitted is not None and fitted.quotients_kept == 2
 
 
 # FLOP that XLA:GPU takes a tanh for: between 80 and 160, as what it keeps on H100 and A100 shows.

@@ -11,7 +11,7 @@ Which neighbours can share a kernel, `passes.chains` says; `passes.kernels` keep
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from passes.attention import NONE, Attention
@@ -39,7 +39,8 @@ class Fusion:
 
     kept: bytes of values as they are kept and sent. filled: constants made as arrays. outer: per
     value dims that are not minor in memory, on TPU. casts: weights that are converted once.
-    together: values made by a kernel that makes others, too, on TPU.
+    together: values made by a kernel that makes others, too, on TPU. quotients: those that are made
+    narrower for several readers, and that each of them computes.
     """
 
     stored: tuple[bool, ...]
@@ -49,6 +50,7 @@ class Fusion:
     outer: tuple[frozenset[int], ...] = ()
     casts: tuple[WeightCast, ...] = ()
     together: frozenset[int] = frozenset()
+    quotients: frozenset[int] = frozenset()
 
     @property
     def parts(self) -> dict[int, int]:
@@ -85,7 +87,9 @@ def fuse(
     )
     outer = outer_dims(graph) if platform == "tpu" else ()
     together = fuser.kernels.together() if platform == "tpu" else frozenset[int]()
-    return Fusion(stored, fuser.kernels.traffic(), kept, filled, outer, casts, together)
+    quotients = frozenset(v for v in fuser.quotients() if not stored[v] and v not in inside.inside)
+    traffic = fuser.kernels.traffic()
+    return Fusion(stored, traffic, kept, filled, outer, casts, together, quotients)
 
 
 def _filled(graph: Graph) -> frozenset[int]:
@@ -159,6 +163,11 @@ class _Fuser:
             for c, k in self.consumers[v]
             if reduces(self.graph.ops[c]) and c in kernel.ops
         )
+
+    def quotients(self) -> Iterator[int]:
+        """Quotients that are made narrower and that several read."""
+        for op in self.graph.ops:
+            yield from (v for v in op.outputs if self._is_narrowed_quotient(v))
 
     def visit(self, op: Op) -> None:
         if self.chains.hands_on(op):

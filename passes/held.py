@@ -25,6 +25,7 @@ from passes.ir.sharding import PARTIAL, Sharding
 from passes.late_updates import updated_last
 from passes.lent import Span, lent
 from passes.priced import Priced
+from passes.quotients import kept_for_exchanges
 from passes.relaid import LAID_BACK, Copied, as_laid, copy_bytes, in_groups
 from passes.reshard_copies import turned_bytes
 from passes.restacked import restacked
@@ -88,6 +89,7 @@ def _values(
     """Every value where it lies, and the slices that lie in place of some."""
     live, kept = priced.live, priced.fusion.kept
     whole = whole_beside_slices(priced, changed) if priced.cluster.platform == "tpu" else {}
+    weights = kept_for_exchanges(priced, values, changed)
     moved = _moved(priced, changed) if priced.cluster.platform == "gpu" else {}
     replaced = {w.replaces for w in whole.values()}
     for v, axes in enumerate(values):
@@ -95,6 +97,7 @@ def _values(
         end = min(end, moved.get(v, end))
         if v in whole:
             begin, end, _ = whole[v]
+        begin, end = weights.get(v, (begin, end))
         if v in slices:
             end, until, taken = slices[v]
             for c in taken:

@@ -110,7 +110,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "tile_turned": 4.88e-9,
         "filled_inside": 30 * 2**20,
         "handed_on": 0.2,
-        "quotients_kept": 0,
+        "quotients_kept": 2,
         "gather_inside": 0.0,
     },
 }
@@ -334,7 +334,7 @@ def table(f: Fitted, worth: str) -> str:
         f"unit = {f.unit}",
         f"vmem_MiB = {f.vmem / 2**20:.4g}",
         *([f"handed_on = {f.handed_on:.3g}"] * (f.handed_on > 0)),
-        *(["quotients_kept = 1"] * f.quotients_kept),
+        *([f"quotients_kept = {f.quotients_kept}"] * (f.quotients_kept > 0)),
         *([f"gather_inside_us = {f.gather_inside * 1e6:.3g}"] * (f.gather_inside > 0)),
         f"conv_efficiency = {f.conv_efficiency:.3g}",
         "",
