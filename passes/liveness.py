@@ -81,7 +81,9 @@ def liveness(
     _computed_again(graph, stored, end)
     makers = graph.producers()
     for op in graph.ops:
-        read = _overwritable(graph, makers, stored, op)
+        read = [v for v in op.inputs if stored[v]]
+        if scheduler.frees_first:
+            read = _overwritable(graph, makers, stored, op)
         if op.rule.fuses:
             read = [v for v in read if v not in together]
         _work_in_place(graph, op, read, stored, lent, home, end, when[op.id])
@@ -188,7 +190,10 @@ def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> Non
 
 
 def _overwritable(graph: Graph, makers: Sequence[int], stored: Sequence[bool], op: Op) -> list[int]:
-    """Values with memory that an operation reads, itself or element by element in its kernel."""
+    """Values with memory that an operation reads, itself or element by element in its kernel.
+
+    XLA:TPU overwrites them there, too; XLA:GPU does not.
+    """
     out: list[int] = []
     seen = set[int]()
     todo = list(reversed(op.inputs))
@@ -202,7 +207,8 @@ def _overwritable(graph: Graph, makers: Sequence[int], stored: Sequence[bool], o
             continue
         maker = graph.ops[makers[v]] if makers[v] >= 0 else op
         inside = maker is not op and maker.rule.fuses and maker.region == op.region
-        if inside and maker.name not in MOVES and not maker.is_link:
+        alike = graph.values[v].shape == graph.values[op.outputs[0]].shape
+        if inside and alike and maker.name not in MOVES and not maker.is_link:
             todo += reversed(maker.inputs)
     return out
 

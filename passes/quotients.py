@@ -5,9 +5,10 @@ each of these computes them again, XLA:TPU for v6e still keeps them if an all-to
 of the products makes: mixed values in the forward pass, the gradient of values in the backward
 pass. They lie beside the scores until the last of the two. So it is with one head on a device, of
 64 or 128 elements, and a result whose places come last (as `einsum` makes of "bhqk,bkhd->bqhd");
-not with two heads, nor with 256 elements. An all-to-all of what a product reads changes nothing, be
-it values, the gradient of mixed values, or queries and keys; nor does an all-gather of mixed
-values. For v5e they are computed again all the same; v5p keeps them always.
+not with two heads (of 16384 places, one such array was made all the same), nor with 256 elements.
+An all-to-all of what a product reads changes nothing, be it values, the gradient of mixed values,
+or queries and keys; nor does an all-gather of mixed values. For v5e they are computed again all the
+same; v5p keeps them always.
 
 (Attention layers and their gradients, 4 and 16 devices, 4096 to 16384 places, with a causal mask
 and without, and a batch of two; each of the all-to-alls by itself on 4 devices of v6e, all of them
