@@ -107,11 +107,13 @@ def _without_whole_dims(eqn: Any, makers: Mapping[Any, Any]) -> Any:
     dims = getattr(numbers, name)
     joined = _maker(eqn.invars[1], makers, "concatenate")
     last = eqn.invars[1].aval.ndim - 1
-    if joined is None or joined.params["dimension"] != last or len(joined.invars) != len(dims):
+    if joined is None or joined.params["dimension"] != last:
+        return eqn
+    if len(dims) == 1 or any(v.aval.shape[last] != 1 for v in joined.invars):
         return eqn
     window = _window(eqn) if scatters else eqn.params["slice_sizes"]
     moves = [k for k, d in enumerate(dims) if window[d] != eqn.invars[0].aval.shape[d]]
-    if len(moves) != 1 or len(dims) == 1 or eqn.params["mode"] != GatherScatterMode.CLIP:
+    if len(moves) != 1 or eqn.params["mode"] != GatherScatterMode.CLIP:
         return eqn
     where = joined.invars[moves[0]]
     if isinstance(where, Literal):

@@ -207,7 +207,8 @@ def _seconds(
             out.append(out[first] if first < op.id else 0.0)
             continue
         updates = traffic.update is not None and _is_as_made(priced, op, values, strategy)
-        key = (id(op.rule), strategy, id(traffic), op.id in priced.fusion.kept.one_pass, updates)
+        once = op.id in priced.fusion.kept.one_pass
+        key = (id(op.rule), strategy, id(traffic), once, updates, cost.marks(op))
         if key not in known:
             known[key] = cost.seconds(op, strategy, updates)
         out.append(known[key] * trips[op.region])

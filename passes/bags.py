@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from cost_models.fitted import LANES
 from passes.ir.graph import Graph
 
-_SUBLANES = 8
+SUBLANES = 8
 SCATTERS = frozenset({"scatter-add", "scatter"})
 
 
@@ -66,8 +66,8 @@ def tiles(shape: Sequence[int]) -> int:
     (1024, 1024, 6144, 0)
     """
     *outer, rows, columns = shape
-    whole = rows % _SUBLANES == 0
-    return 0 if whole else math.prod(outer) * -(-rows // _SUBLANES) * -(-columns // LANES)
+    whole = rows % SUBLANES == 0
+    return 0 if whole else math.prod(outer) * -(-rows // SUBLANES) * -(-columns // LANES)
 
 
 def tile_bytes(shape: Sequence[int], bits: int) -> float:

@@ -56,12 +56,14 @@ def liveness(
     scheduler: Scheduler = PLAIN,
     casts: Sequence[WeightCast] = (),
     together: Set[int] = frozenset(),
+    through_chains: bool = False,
 ) -> Liveness:
     """Life of every value. has_memory: those that XLA does not compute inside their readers.
 
     aliases: (donated input, output) pairs that share a buffer. filled: as of `schedule`. casts:
     weights that are converted once. together: values made by a kernel that makes others, too; what
-    reads them last does not overwrite them.
+    reads them last does not overwrite them. through_chains: whether a result overwrites what its
+    kernel reads element by element on the way to it, too, as XLA:TPU does and XLA:GPU does not.
     """
     order = schedule(graph, has_memory, aliases, filled, scheduler)
     when = [0] * len(order)
@@ -82,7 +84,7 @@ def liveness(
     makers = graph.producers()
     for op in graph.ops:
         read = [v for v in op.inputs if stored[v]]
-        if scheduler.frees_first:
+        if through_chains:
             read = _overwritable(graph, makers, stored, op)
         if op.rule.fuses:
             read = [v for v in read if v not in together]
@@ -190,10 +192,7 @@ def _computed_again(graph: Graph, stored: Sequence[bool], end: list[int]) -> Non
 
 
 def _overwritable(graph: Graph, makers: Sequence[int], stored: Sequence[bool], op: Op) -> list[int]:
-    """Values with memory that an operation reads, itself or element by element in its kernel.
-
-    XLA:TPU overwrites them there, too; XLA:GPU does not.
-    """
+    """Values with memory that an operation reads, itself or element by element in its kernel."""
     out: list[int] = []
     seen = set[int]()
     todo = list(reversed(op.inputs))

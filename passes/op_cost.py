@@ -138,6 +138,14 @@ class OpCost:
                     total += kernel_seconds(self.chip, *args)
         return total
 
+    def marks(self, op: Op) -> tuple[bool, ...]:
+        """What tells apart operations of one rule and one traffic: who else works on their values.
+
+        Those that differ here are priced by themselves.
+        """
+        of = (self.overwritten, self.bags, self.zeros, self.adds)
+        return tuple([op.id in those for those in of])
+
     def _facts(self, op: Op, traffic: Traffic) -> _Facts:
         kinds = tuple(self.graph.values[v].type.dtype for v in op.inputs[:2])
         key = id(op.rule), id(traffic), kinds

@@ -413,7 +413,8 @@ class _Pricer:
         """Of every strategy. updates: a product hands its result on as made, see `OpCost`."""
         traffic = self.fusion.traffic[op.id]
         once = op.id in self.kept.one_pass
-        key = ("compute", id(op.rule), id(table), id(traffic), self.trips[op.region], once, updates)
+        kind = (id(op.rule), id(traffic), once, *self.op_cost.marks(op))
+        key = ("compute", *kind, id(table), self.trips[op.region], updates)
         if key not in self.cache:
             if not takes_time(op, traffic):
                 self.cache[key] = np.zeros(len(table))

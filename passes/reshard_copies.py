@@ -39,11 +39,10 @@ import numpy.typing as npt
 from cost_models.cluster import Chip, Cluster
 from cost_models.fitted import LANES
 from cost_models.vector import kernel_seconds
+from passes.bags import SUBLANES
 from passes.ir.sharding import BROADCAST
 from passes.relaid import AS_IT_LIES
 from passes.reshard import Axes, Step
-
-_SUBLANES = 8
 
 Numbers = npt.NDArray[np.intp]
 
@@ -132,7 +131,7 @@ def by_kind(found: Copies, there: npt.NDArray[np.bool_]) -> list[tuple[Kind, Num
 
 def _tiles(local: Numbers) -> Numbers:
     """Of bags of rows with these shapes; 0 where a row fills the lanes."""
-    full = local[:, :-2].prod(axis=1) * -(-local[:, -2] // _SUBLANES)
+    full = local[:, :-2].prod(axis=1) * -(-local[:, -2] // SUBLANES)
     return np.where(local[:, -1] < LANES, full, 0)
 
 
@@ -141,7 +140,7 @@ def turned_seconds(chip: Chip, value: Moved, tiles: int) -> float:
     f, rows = chip.fitted, value.shape[-2]
     assert f is not None, "only for chips with fitted constants"
     time = tiles * f.tile_turned
-    if value.table >= AS_IT_LIES and rows % _SUBLANES:
+    if value.table >= AS_IT_LIES and rows % SUBLANES:
         time += turned_bytes(value.shape, tiles, 32) / f.stream
     return time
 
@@ -152,7 +151,7 @@ def turned_bytes(shape: Sequence[int], tiles: int, bits: int) -> float:
     >>> turned_bytes((8192, 4, 128), 8192, 32) / 8192
     2048.0
     """
-    rows = min(_SUBLANES, 1 << (shape[-2] - 1).bit_length())
+    rows = min(SUBLANES, 1 << (shape[-2] - 1).bit_length())
     return tiles * LANES * rows * bits / 8
 
 

@@ -144,6 +144,7 @@ def _setting(
             scheduler(cluster),
             fusion.casts,
             fusion.together,
+            cluster.platform == "tpu",
         ),
         fusion,
         tuple(state),

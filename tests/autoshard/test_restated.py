@@ -84,6 +84,18 @@ def test_parts_of_rows_are_picked_by_both_coordinates() -> None:
     assert gather.params["dimension_numbers"].start_index_map == (0, 1)
 
 
+def test_coordinates_that_come_in_unequal_pieces_stay_together() -> None:
+    def odd(table: jax.Array, at: jax.Array) -> jax.Array:
+        pair = jnp.stack([at, at], 1)
+        where = jax.lax.concatenate([pair[:, :0], pair], 1)  # two pieces for two coordinates
+        numbers = jax.lax.GatherDimensionNumbers((1, 2), (), (0, 1))
+        mode = jax.lax.GatherScatterMode.CLIP
+        return jax.lax.gather(table, where, numbers, (1, 4), mode=mode)
+
+    (gather,) = scatters(odd, jnp.ones((5, 4)), jnp.zeros(3, int))
+    assert gather.params["dimension_numbers"].start_index_map == (0, 1)
+
+
 @given(
     table=st.tuples(st.integers(1, 5), st.integers(1, 4)),
     at=st.lists(st.integers(-9, 9), min_size=6, max_size=6),

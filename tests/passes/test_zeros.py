@@ -59,6 +59,19 @@ def test_a_kernel_of_its_own_fills_what_few_rows_are_added_to() -> None:
     assert few["broadcast_in_dim"] == pytest.approx(many["broadcast_in_dim"], rel=0.01)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_added_to_zeros_and_what_is_not_are_told_apart(first: bool) -> None:
+    def both(table: Any, ids: Any, rows: Any) -> Any:
+        targets = (jnp.zeros_like(table), table) if first else (table, jnp.zeros_like(table))
+        return [t.at[ids].add(rows) for t in targets]
+
+    graph = trace(both, *arguments(2**16, 8192)).graph
+    seconds = op_seconds(graph, cluster("tpu-v6e:1x1"))
+    adds = [s for s, op in zip(seconds, graph.ops, strict=True) if op.name == "scatter-add"]
+    assert max(adds) > 2 * min(adds)
+    assert (adds[0] > adds[1]) == first
+
+
 @pytest.mark.libtpu
 @pytest.mark.parametrize("chip", ["v5e:1x1", "v6e:1x1"])
 @pytest.mark.parametrize(
